@@ -1,0 +1,1 @@
+"""From bytes on disk to batches: numpy, Pillow and Grain only; no device array is ever made here."""
