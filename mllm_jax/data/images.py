@@ -20,7 +20,9 @@ from mllm_jax.data.errors import BadExample
 
 try:
     import cv2
-except ImportError:                     # an optional extra: faster, never needed
+
+    cv2.IMREAD_COLOR_RGB
+except (ImportError, AttributeError):   # an optional extra (4.11 or later): faster, never needed
     cv2 = None
 
 MAX_PIXELS = 128_000_000
@@ -56,23 +58,20 @@ def decode_image(data: bytes, *, fit: Fit | None = None, max_pixels: int = MAX_P
     """
     image = _open(data, max_pixels)
     turn = _orientation(image)
+    if fit and image.format == "JPEG":
+        tall, wide = fit(*_upright_size(image))
+        tall, wide = (wide, tall) if turn >= 5 else (tall, wide)
+        if cv2 is not None and image.mode in ("RGB", "L") and _ends(data):
+            pixels = _cv2_decode(data, min(image.height / tall, image.width / wide))
+            if pixels is not None:      # None: Pillow will say what is wrong
+                return pixels if turn == 1 else np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
+        image.draft(None, (wide, tall))
     try:
-        if fit and image.format == "JPEG":
-            height, width = _upright_size(image)
-            tall, wide = fit(height, width)
-            tall, wide = (wide, tall) if turn >= 5 else (tall, wide)
-            if cv2 is not None and image.mode in ("RGB", "L") and _ends(data):
-                pixels = _cv2_decode(data, min(image.height / tall, image.width / wide))
-                if pixels is not None:
-                    return pixels if turn == 1 else np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
-            image.draft(None, (wide, tall))
         image.load()
-        image = _rgb(image)
-        return np.asarray(image if turn == 1 else image.transpose(_UPRIGHT[turn]))
-    except BadExample:
-        raise
     except Exception as error:          # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         raise BadExample("", "decode", f"{len(data)} bytes of {image.format} stop being readable: {error}") from error
+    image = _rgb(image)
+    return np.asarray(image if turn == 1 else image.transpose(_UPRIGHT[turn]))
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -149,9 +148,7 @@ def _ends(data: bytes) -> bool:
 
 
 def _cv2_decode(data: bytes, shrink: float) -> np.ndarray | None:
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    for factor, flag in ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2)):
-        if shrink >= factor:
-            flags |= flag
-            break
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    # OpenCV calls "reduced greyscale" what is a scale alone; with the colour flag the pixels are RGB.
+    scales = (8, cv2.IMREAD_REDUCED_GRAYSCALE_8), (4, cv2.IMREAD_REDUCED_GRAYSCALE_4), (2, cv2.IMREAD_REDUCED_GRAYSCALE_2)
+    scale = next((flag for factor, flag in scales if shrink >= factor), 0)
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | scale)

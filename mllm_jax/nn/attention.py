@@ -1,0 +1,81 @@
+"""Multi-head attention with grouped queries and a cache; the dot product behind one function.
+
+`attend` is where a platform's kernel is chosen.  It is given the two integer arrays of a `Visibility`
+and not a mask, so that a kernel that knows segments never sees one.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from mllm_jax.nn.block_config import BlockConfig
+from mllm_jax.nn.param import Linear
+from mllm_jax.nn.position import Rotation
+from mllm_jax.nn.visibility import Visibility
+from mllm_jax.types import struct
+
+
+@struct
+class LayerCache:
+    """Keys and values of all layers, and where one layer writes the next ones."""
+
+    k: jax.Array                        # f[l b t g k]
+    v: jax.Array                        # f[l b t g k]
+    layer: jax.Array                    # i32[]
+    index: jax.Array                    # i32[]: position of the first new token
+
+    def write(self, k: jax.Array, v: jax.Array) -> "LayerCache":
+        at = (self.layer, 0, self.index, 0, 0)
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+        return LayerCache(k=put(self.k, k), v=put(self.v, v), layer=self.layer, index=self.index)
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """f[b t g k], f[b t g k] of this layer."""
+        return tuple(jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+
+
+class Attention(nnx.Module):
+    """Attention of `x` over itself, or over `memory`."""
+
+    def __init__(self, cfg: BlockConfig, *, d_memory: int | None = None, rngs: nnx.Rngs):
+        d, h, g, k = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_dim or cfg.width // cfg.heads
+        self.q = Linear(d, (h, k), "embed heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
+        self.k = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
+        self.v = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
+        self.o = Linear((h, k), d, "heads head_dim embed", bias=cfg.out_bias, rngs=rngs)
+        self.q_norm = cfg.norm.build(k, axis="head_dim", rngs=rngs) if cfg.qk_norm else None
+        self.k_norm = cfg.norm.build(k, axis="head_dim", rngs=rngs) if cfg.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        visibility: Visibility | None = None,
+        *,
+        memory: jax.Array | None = None,
+        rotation: Rotation | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """f[b s d] -> f[b s d] and the cache with the new keys and values; no visibility: all see all."""
+        memory = x if memory is None else memory
+        q, k, v = self.q(x), self.k(memory), self.v(memory)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
+        if cache is not None:
+            cache = cache.write(k, v)
+            k, v = cache.read()
+        return self.o(attend(q, k, v, visibility)), cache
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None) -> jax.Array:
+    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
+    groups = k.shape[2]
+    q = rearrange(q * q.shape[-1] ** -0.5, "b s (g r) k -> b g r s k", g=groups)
+    scores = jnp.einsum("bgrsk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
+    if visibility is not None:
+        # Finite, so that a padding row, which sees nobody, gives a mean and not NaN.
+        scores = jnp.where(visibility.mask()[:, None, None], scores, -1e30)
+    out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return rearrange(out, "b s g r k -> b s (g r) k")

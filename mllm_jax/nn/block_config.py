@@ -1,0 +1,23 @@
+"""What a transformer layer is, as a value; `ViTConfig` and `DecoderConfig` are this and more."""
+
+from mllm_jax.config import config
+from mllm_jax.nn.param import LayerNorm, Norm, RMSNorm
+
+
+@config
+class BlockConfig:
+    width: int
+    heads: int
+    mlp: int                            # hidden width of the feed-forward layer
+    kv_heads: int | None = None         # heads of keys and values; None: as many as queries
+    head_dim: int | None = None         # None: width / heads
+    gated: bool = True                  # act(gate x) * up x instead of act(up x)
+    activation: str = "silu"            # a name of nn/mlp.py
+    norm: LayerNorm | RMSNorm = RMSNorm()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False               # queries and keys are normalized before the rotation
+
+
+__all__ = ["BlockConfig", "Norm"]

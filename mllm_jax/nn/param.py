@@ -1,0 +1,134 @@
+"""Parameters with named axes, the layers that are nothing but parameters, and modules as flat dictionaries.
+
+A module's parameters travel through training, checkpoints and conversion as `{path: array}`, with
+paths such as `decoder/blocks/0/attn/q/kernel`.  Globs select parts of it, `|` joins them, and nothing
+needs to know the shape of the tree.  `split` and `merge` go between the two.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.config import config
+from mllm_jax.sharding import compute_dtype
+
+Params = dict[str, jax.Array]
+
+zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+normal = jax.nn.initializers.normal
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str, init) -> nnx.Param:
+    """A float32 parameter whose axes have names, one word for each dimension."""
+    names = tuple(axes.split())
+    if len(names) != len(shape):
+        raise ValueError(f"axes {axes!r} name {len(names)} dimensions; the shape {shape} has {len(shape)}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=names)
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A module as its structure and its parameters; works on abstract modules too."""
+    graph, state = nnx.split(module)
+    return graph, {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def merge(graph: nnx.GraphDef, params: Mapping[str, jax.Array]) -> nnx.Module:
+    """The inverse of `split`."""
+    tree: dict = {}
+    for path, value in params.items():
+        *parents, last = (int(k) if k.isdigit() else k for k in path.split("/"))
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return nnx.merge(graph, tree)
+
+
+def axes_of(module: nnx.Module) -> dict[str, tuple[str, ...]]:
+    """The axis names of every parameter.  A stacked layer has one more leading axis than it has names."""
+    return {"/".join(map(str, path)): v.get_metadata()["axes"] for path, v in nnx.to_flat_state(nnx.state(module))}
+
+
+class Linear(nnx.Module):
+    """x[..., *d_in] -> [..., *d_out]; `axes` names the dimensions of the kernel, inputs first."""
+
+    def __init__(self, d_in: int | tuple[int, ...], d_out: int | tuple[int, ...], axes: str, *, bias: bool = True, rngs: nnx.Rngs):
+        d_in = (d_in,) if isinstance(d_in, int) else d_in
+        d_out = (d_out,) if isinstance(d_out, int) else d_out
+        self.inputs = len(d_in)
+        self.kernel = param(rngs, d_in + d_out, axes, normal(math.prod(d_in) ** -0.5))
+        self.bias = param(rngs, d_out, " ".join(axes.split()[self.inputs:]), zeros) if bias else None
+        self.lora = nnx.data(None)          # a low-rank change of the kernel, put here by nn/lora.py
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = compute_dtype()
+        y = project(x.astype(dtype), self.kernel[...].astype(dtype), self.inputs)
+        if self.lora is not None:
+            y = y + self.lora(x.astype(dtype))
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, n: int = 1) -> jax.Array:
+    """Contracts the last n axes of x with the first n of the kernel."""
+    return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+
+
+class Embedding(nnx.Module):
+    """Token ids i32[...] -> f[... d]."""
+
+    def __init__(self, vocab: int, d: int, *, std: float = 0.02, rngs: nnx.Rngs):
+        self.table = param(rngs, (vocab, d), "vocab embed", normal(std))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.table[...], tokens, axis=0).astype(compute_dtype())
+
+
+@config
+class LayerNorm:
+    """Normalization by mean and variance, with scale and bias, in float32."""
+
+    eps: float = 1e-5
+
+    def build(self, d: int, *, axis: str = "embed", rngs: nnx.Rngs) -> "LayerNormLayer":
+        return LayerNormLayer(self, d, axis, rngs=rngs)
+
+
+@config
+class RMSNorm:
+    """Normalization by the root mean square (arXiv:1910.07467), in float32; `offset` 1 is Gemma's (1 + scale)."""
+
+    eps: float = 1e-6
+    offset: float = 0.0
+
+    def build(self, d: int, *, axis: str = "embed", rngs: nnx.Rngs) -> "RMSNormLayer":
+        return RMSNormLayer(self, d, axis, rngs=rngs)
+
+
+Norm = LayerNorm | RMSNorm
+
+
+class LayerNormLayer(nnx.Module):
+    def __init__(self, cfg: LayerNorm, d: int, axis: str, *, rngs: nnx.Rngs):
+        self.eps = cfg.eps
+        self.scale = param(rngs, (d,), axis, ones)
+        self.bias = param(rngs, (d,), axis, zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNormLayer(nnx.Module):
+    def __init__(self, cfg: RMSNorm, d: int, axis: str, *, rngs: nnx.Rngs):
+        self.eps, self.offset = cfg.eps, cfg.offset
+        self.scale = param(rngs, (d,), axis, jax.nn.initializers.constant(1.0 - cfg.offset))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * (self.offset + self.scale[...])).astype(x.dtype)

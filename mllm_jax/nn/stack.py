@@ -1,0 +1,51 @@
+"""Layers made by vmap and run by scan: one layer is compiled however many there are.
+
+Layers may differ in a cycle (every fourth reads the image, every second is sparse): layer i is number
+i // c of the stack at place i % c.  Parameter paths are `blocks/{i % c}/...` with a leading axis.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.sharding import current
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # recompute all but matmuls with weights
+    "full": jax.checkpoint_policies.nothing_saveable,                      # recompute all
+}
+
+
+def make(cycle: Sequence[Callable[[nnx.Rngs], nnx.Module]], depth: int, *, rngs: nnx.Rngs) -> nnx.List:
+    """`depth` layers, made in turn by the functions of the cycle; stacked where they stand at the same place of it."""
+    c = len(cycle)
+    keys = jax.random.split(rngs.params(), depth)
+    return nnx.List([jax.vmap(lambda key, one=one: one(nnx.Rngs(key)))(keys[j::c]) for j, one in enumerate(cycle)])
+
+
+def run(blocks: nnx.List, step: Callable[[Any, nnx.Module, jax.Array], Any], x: Any, *, depth: int) -> Any:
+    """Runs x = step(x, layer, i) for the first `depth` layers, rematerialized as the layout says."""
+    layout, c = current(), len(blocks)
+    if layout.remat != "none":
+        step = jax.checkpoint(step, policy=POLICIES[layout.remat], prevent_cse=False)
+    whole = depth // c
+
+    def cycle(x: Any, i_layers: tuple[jax.Array, list[nnx.Module]]) -> tuple[Any, None]:
+        i, layers = i_layers
+        for j, layer in enumerate(layers):
+            x = step(x, layer, i * c + j)
+        return x, None
+
+    first = [_take(block, slice(0, whole)) for block in blocks]
+    x, _ = jax.lax.scan(cycle, x, (jnp.arange(whole), first), unroll=min(layout.unroll, max(whole, 1)))
+    for j in range(depth % c):
+        x = step(x, _take(blocks[j], whole), jnp.asarray(whole * c + j))
+    return x
+
+
+def _take(block: nnx.Module, index: slice | int) -> nnx.Module:
+    size = jax.tree.leaves(block)[0].shape[0]
+    return block if index == slice(0, size) else jax.tree.map(lambda a: a[index], block)

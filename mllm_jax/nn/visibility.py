@@ -1,0 +1,33 @@
+"""Who sees whom: two integers for each position, turned into a mask, or handed to a kernel as they are.
+
+Query i sees key j when they are of the same segment and `order[j] <= order[i]`.  Counting up gives
+causal attention, one number for a whole span makes it bidirectional inside, and segments keep packed
+examples apart.  Segment 0 is padding: nobody sees it, and what it sees does not matter.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.types import Batch, struct
+
+
+@struct
+class Visibility:
+    segments: jax.Array                 # i32[b s]   of the queries
+    order: jax.Array                    # i32[b s]
+    key_segments: jax.Array             # i32[b t]
+    key_order: jax.Array                # i32[b t]
+
+    def mask(self) -> jax.Array:
+        """bool[b s t]."""
+        same = self.segments[:, :, None] == self.key_segments[:, None, :]
+        return same & (self.key_segments[:, None, :] > 0) & (self.key_order[:, None, :] <= self.order[:, :, None])
+
+
+def of_batch(batch: Batch, *, causal: bool = True) -> Visibility:
+    """What the positions of a batch see of one another; not causal: all of their own segment."""
+    if causal:
+        order = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape) if batch.blocks is None else batch.blocks
+    else:
+        order = jnp.zeros_like(batch.tokens)
+    return Visibility(segments=batch.segments, order=order, key_segments=batch.segments, key_order=order)

@@ -1,0 +1,10 @@
+"""What a stage trains for.  An objective is two pure functions and a weight.
+
+    corrupt(batch, rng) -> batch            hides or noises what is to be predicted; often the identity
+    score(outputs, batch) -> {name: Mean}   "loss" is minimized, the others are logged
+"""
+
+from mllm_jax.objectives.contrastive import InfoNCE, Sigmoid
+from mllm_jax.objectives.tokens import NextToken
+
+__all__ = ["InfoNCE", "NextToken", "Sigmoid"]

@@ -1,0 +1,34 @@
+"""Losses on discrete tokens."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.config import config
+from mllm_jax.objectives.base import Uncorrupted
+from mllm_jax.objectives.cross_entropy import cross_entropy
+from mllm_jax.types import Batch, Mean, Outputs
+
+
+@config
+class NextToken(Uncorrupted):
+    """Cross-entropy of `batch.targets`, averaged over `batch.weights` in the whole batch.
+
+    `z_loss` times the square of the log-partition is added, which keeps logits from drifting
+    (PaLM, arXiv:2204.02311, section 5).
+    """
+
+    weight: float = 1.0
+    kind: int | None = None             # only positions of this kind
+    z_loss: float = 0.0
+    whole: ClassVar[bool] = False
+
+    def score(self, out: Outputs, batch: Batch) -> dict[str, Mean]:
+        weights = batch.weights if self.kind is None else batch.weights * (batch.kinds == self.kind)
+        sums = cross_entropy(out.hidden, out.unembed, batch.targets, weights, self.z_loss)
+        count = jnp.sum(weights)
+        scores = {"loss": Mean(total=sums.loss, count=count), "accuracy": Mean(total=sums.correct, count=count)}
+        if self.z_loss:
+            scores["nll"] = Mean(total=sums.nll, count=count)
+        return scores

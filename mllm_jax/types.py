@@ -1,0 +1,183 @@
+"""The values that flow through the library, in the order in which they appear.
+
+    Example -> (view, template) -> Sequence -> (pack) -> Batch -> (encoder, connector) -> Features
+            -> (decoder) -> Outputs -> (objective) -> Mean
+
+Axis names, used in every shape comment of the library:
+    b batch row      s position in a row     t key position           i media item in a row
+    p patch of an item (before the encoder)  m media token of a row (after the connector)
+    d width          h head                  g key-value head         k width of a head
+    f hidden width   v vocabulary            e expert                 u values of a raw patch
+
+`Example`, `Sequence` and a `Batch` fresh from the loader live on the host (numpy); the same `Batch`
+holds device arrays inside the step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+struct = lambda cls: jax.tree_util.register_dataclass(dataclass(frozen=True, kw_only=True)(cls))
+record = dataclass(frozen=True, kw_only=True)
+
+Grid = tuple[int, int, int]             # (time, rows, columns) of the patches or tokens of one media item
+
+KINDS = {"text": 0, "image": 1, "video": 2, "audio": 3}     # the numbers in Batch.kinds
+
+
+# --- on the host: one example -------------------------------------------------------------------------------------
+
+
+@record
+class Part:
+    """A piece of a turn: text, or the place where a medium stands."""
+
+    kind: str = "text"                  # "text", "image", "video" or "audio"
+    text: str = ""                      # of a text part
+    media: int = -1                     # of the others: index into Example.media
+
+
+@record
+class Turn:
+    role: str                           # "system", "user", "assistant" or "tool"
+    parts: tuple[Part, ...]
+    weight: float | None = None         # of its tokens in the loss; None: 1 for the assistant, 0 for the others
+
+
+@record
+class Blob:
+    """An encoded medium: its bytes, or where they are.  Never decoded pixels."""
+
+    kind: str
+    data: bytes | None = None
+    path: str | None = None             # read when the row is decoded, so that packing stays light
+
+
+@record
+class Example:
+    """One example of any source.  Placeholder strings such as `<image>` exist in files only; parsing makes them Parts."""
+
+    id: str                             # unique in its source; keys augmentation, logs and exactly-once evaluation
+    turns: tuple[Turn, ...] = ()
+    media: tuple[Blob, ...] = ()
+    captions: tuple[str, ...] = ()      # contrastive pairs: alternative texts of the one medium
+    answers: tuple[str, ...] = ()       # evaluation: all accepted answers
+    chosen: tuple[Turn, ...] = ()       # preference: two continuations of `turns`
+    rejected: tuple[Turn, ...] = ()
+    kind: str = ""                      # for reports: the sort of question, the category, ...
+    source: str = ""                    # the data set it came from
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@record
+class Item:
+    """A medium of a Sequence: not decoded yet, but its grid is known from the header."""
+
+    modality: str
+    blob: Blob
+    grid: Grid                          # patches that the view will cut
+    num_tokens: int                     # media tokens after the connector
+
+
+@record
+class Sequence:
+    """One tokenized example, ragged; arrays have one entry for each position."""
+
+    id: str
+    source: str
+    tokens: np.ndarray                  # i32[s]
+    targets: np.ndarray                 # i32[s]    the token after this one
+    weights: np.ndarray                 # f32[s]    0 where nothing is predicted
+    kinds: np.ndarray                   # i32[s]
+    positions: np.ndarray               # i32[s 3]
+    blocks: np.ndarray | None           # i32[s], or None for causal
+    slot: np.ndarray                    # i32[s]    token of its own media (items one after another), -1 for text
+    items: tuple[Item, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+# --- on the device ------------------------------------------------------------------------------------------------
+
+
+@struct
+class Media:
+    """Media items of one modality in a batch, and where their tokens go in the rows.
+
+    Fixed layout: every item has the same grid, and `values` is [b i p u].  Packed layout (native
+    resolution): `values` is [b n u] and `item[b n]` says which item a patch belongs to, 0 for padding.
+    """
+
+    values: jax.Array                   # [b i p u]: u8 raw pixels 0-255, which the encoder normalizes; or f32, taken as they are
+    coords: jax.Array                   # i32[b i p 3]   grid position (time, row, column) of each patch
+    mask: jax.Array                     # bool[b i]      False where the row has fewer items
+    slot: jax.Array                     # i32[b s]       media token of the row that stands at position s; -1 for text
+    item: jax.Array | None = None       # i32[b n]       packed layout only
+    time: jax.Array | None = None       # f32[b i]       noise level in [0, 1]; diffusion only
+    target: jax.Array | None = None     # f32[b i p u]   what the output head should predict; diffusion only
+
+
+@struct
+class Batch:
+    """Packed rows of text and media; every array has a static shape.
+
+    Position i sees position j when they share a segment and `blocks[j] <= blocks[i]`.  None stands for
+    the position in the row, that is causal attention, and is a static choice of the faster kernels.  One
+    number for a whole image makes attention bidirectional inside it.
+    """
+
+    tokens: jax.Array                   # i32[b s]
+    targets: jax.Array                  # i32[b s]       token to predict here
+    weights: jax.Array                  # f32[b s]       0 where nothing is predicted
+    segments: jax.Array                 # i32[b s]       packed example, counted from 1; 0 is padding
+    positions: jax.Array                # i32[b s 3]     (time, row, column); all equal for text
+    kinds: jax.Array                    # i32[b s]       see KINDS
+    blocks: jax.Array | None = None     # i32[b s]
+    media: dict[str, Media] = field(default_factory=dict)
+
+
+@struct
+class Features:
+    tokens: jax.Array                   # f[b m d]
+    mask: jax.Array                     # bool[b m]
+
+
+@struct
+class Mean:
+    """A weighted mean kept as numerator and denominator, so that adding two of them is exact."""
+
+    total: jax.Array
+    count: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        """The mean; 0 where nothing was counted."""
+        return self.total / jnp.where(self.count == 0, 1, self.count)
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(total=self.total + other.total, count=self.count + other.count)
+
+
+def mean(x: jax.Array, weights: jax.Array | None = None) -> Mean:
+    """Mean of f[...] with weights of the same or a broadcastable shape."""
+    weights = jnp.ones_like(x) if weights is None else jnp.broadcast_to(weights, x.shape)
+    return Mean(total=jnp.sum(x * weights), count=jnp.sum(weights))
+
+
+@struct
+class Outputs:
+    """Everything an objective may read; unused fields are None or empty."""
+
+    hidden: jax.Array | None = None                                # f[b s d]
+    unembed: jax.Array | None = None                               # f[d v]: hidden @ unembed are the logits
+    media: dict[str, jax.Array] = field(default_factory=dict)      # f[b i p u]  outputs of heads
+    embeds: dict[str, jax.Array] = field(default_factory=dict)     # f[b d]      unit vectors
+    scale: jax.Array | None = None                                 # f[]         logit scale
+    bias: jax.Array | None = None                                  # f[]         logit bias
+    aux: dict[str, Mean] = field(default_factory=dict)
+    reference: "Outputs | None" = None
