@@ -20,15 +20,14 @@ from mllm_jax.data.errors import BadExample
 
 try:
     import cv2
-
-    cv2.IMREAD_COLOR_RGB
-except (ImportError, AttributeError):   # an optional extra (4.11 or later): faster, never needed
+    from cv2 import IMREAD_COLOR_RGB, IMREAD_IGNORE_ORIENTATION
+except ImportError:                     # an optional extra (4.11 or later): faster, never needed
     cv2 = None
 
 MAX_PIXELS = 128_000_000
 MIN_SIDE = 8
 # Named, because Pillow's full list holds formats that start other programs (EPS) or are no pictures at all.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,4 +150,4 @@ def _cv2_decode(data: bytes, shrink: float) -> np.ndarray | None:
     # OpenCV calls "reduced greyscale" what is a scale alone; with the colour flag the pixels are RGB.
     scales = (8, cv2.IMREAD_REDUCED_GRAYSCALE_8), (4, cv2.IMREAD_REDUCED_GRAYSCALE_4), (2, cv2.IMREAD_REDUCED_GRAYSCALE_2)
     scale = next((flag for factor, flag in scales if shrink >= factor), 0)
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | scale)
+    return cv2.imdecode(np.frombuffer(data, np.uint8), IMREAD_COLOR_RGB | IMREAD_IGNORE_ORIENTATION | scale)
