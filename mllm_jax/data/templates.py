@@ -1,0 +1,340 @@
+"""Chat formats: turns -> token ids, and the weight of each in the loss.
+
+A format is a Jinja string, ours and a tokenizer's own alike, so that ours can be exported as the
+`chat_template` of a Hugging Face folder and both go through one path:
+
+    turns -> messages -> rendered text, with the spans of the assistant -> ids, with the offsets -> weights
+
+Whatever the assistant says is trained, with the token that ends its turn; the rest is not; `Turn.weight`
+overrides.  The spans come from `{% generation %}` where the template has it, otherwise from the difference of
+prefixes of the conversation, otherwise from marks around the text; where none of these works it is an error,
+because a mask that is silently zero trains nothing.  Text is tokenized whole and never in pieces whose lengths
+are added, for tokens merge across the seams.
+
+What a user typed is text: `</s>` or `<image>` in a question becomes letters, not a special token.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+from tokenizers import Tokenizer
+
+from mllm_jax.config import ConfigError, nearest
+from mllm_jax.data.errors import BadExample
+from mllm_jax.data.tokenizer import PLACEHOLDERS, placeholder
+from mllm_jax.types import Part, Turn
+
+# Content is a string or a list of typed parts, as processors of `transformers` take it.
+_MEDIUM = "'<' + part.type + '>'"
+_TEXT = (
+    "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+    "{{ part.text if part.type == 'text' else " + _MEDIUM + " }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+
+TEMPLATES = {
+    # LLaVA-1.5, conversation.py conv_vicuna_v1: no space after </s>, and one before the answer, which is trained.
+    "vicuna_v1": _TEXT + (
+        "{%- set given = messages[0].role == 'system' -%}{{ bos_token }}{%- if given -%}{{ text(messages[0].content) }}"
+        "{%- else -%}{{ 'A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user\\'s questions.' }}{%- endif -%}{{ ' ' }}"
+        "{%- for message in (messages[1:] if given else messages) -%}"
+        "{%- if message.role == 'user' -%}{{ 'USER: ' + text(message.content) + ' ' }}"
+        "{%- elif message.role == 'assistant' -%}{{ 'ASSISTANT:' }}"
+        "{%- generation -%}{{ ' ' + text(message.content) + eos_token }}{%- endgeneration -%}"
+        "{%- else -%}{{ raise_exception('vicuna_v1 has no role ' + message.role) }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+    ),
+    "llama3": _TEXT + (
+        "{{ bos_token }}{%- for message in messages -%}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}"
+        "{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ text(message.content) | trim + '<|eot_id|>' }}{%- endgeneration -%}"
+        "{%- else -%}{{ text(message.content) | trim + '<|eot_id|>' }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}"
+    ),
+    "chatml": _TEXT + (
+        "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
+        "{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ text(message.content) + '<|im_end|>' }}{%- endgeneration -%}"
+        "{%- else -%}{{ text(message.content) + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    ),
+    # No names of roles: questions end in a new line, answers with the end token.
+    "plain": _TEXT + (
+        "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ text(message.content) + eos_token }}{%- endgeneration -%}"
+        "{%- else -%}{{ text(message.content) + '\\n' }}{%- endif -%}{%- endfor -%}"
+    ),
+    # LLaVA's first stage (preprocess_plain): the images, then the caption and a new line; the question is dropped.
+    "caption": _TEXT + (
+        "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ text(message.content) + '\\n' }}{%- endgeneration -%}"
+        "{%- elif message.content is not string -%}{%- for part in message.content -%}"
+        "{{ '' if part.type == 'text' else " + _MEDIUM + " }}{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    ),
+}  # fmt: skip
+
+# Special tokens that a format writes; a tokenizer made here is given them.
+TOKENS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+STOPS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "caption": "\n"}    # what ends a turn, besides the end token
+
+PAIRS = ("clip", "siglip")              # texts of contrastive pairs; see `encode_pair`
+
+# Unicode noncharacters, which no text holds, mark places in the rendered text. They are gone before tokenizing.
+_OPEN, _CLOSE, _MARK, _END_MARK, _LITERAL, _END_LITERAL = (chr(0xFDD0 + i) for i in range(6))
+_NONCHARACTERS = {code: "\ufffd" for code in range(0xFDD0, 0xFDF0)}
+
+Span = tuple[int, int, float]           # first character, after the last, weight
+
+
+class Template:
+    """A chat format with the tokenizer that it is for; `turns` gives ids and weights.
+
+    `name` is a key of TEMPLATES, or "tokenizer" for the tokenizer's own.  It pickles, and threads may share it.
+
+    Raises:
+      ConfigError: no such template, or the tokenizer has none of its own.
+    """
+
+    def __init__(self, name: str, tokenizer: Any):
+        if name == "tokenizer" and not tokenizer.chat_template:
+            raise ConfigError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template; name one of: {', '.join(TEMPLATES)}")
+        if name != "tokenizer" and name not in TEMPLATES and name not in PAIRS:
+            known = [*TEMPLATES, *PAIRS, "tokenizer"]
+            raise ConfigError(f"no template is called {name!r}; nearest: {nearest(name, known)}")
+        self.name, self.tokenizer = name, tokenizer
+        self.jinja = TEMPLATES.get(name, tokenizer.chat_template if name == "tokenizer" else "")
+        for modality in PLACEHOLDERS:   # a tokenizer that came with another placeholder, such as <|image_pad|>
+            if name in TEMPLATES and (own := getattr(tokenizer, f"{modality}_token", None)):
+                self.jinja = self.jinja.replace(_MEDIUM, f"({own!r} if part.type == {modality!r} else {_MEDIUM})")
+        self.values = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        self.generation = re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
+        special = sorted({str(t) for t in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special))) if special else None
+        self.typed = name in TEMPLATES or (name == "tokenizer" and self._takes_parts())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_both"}
+
+    @property
+    def pairs(self) -> bool:
+        return self.name in PAIRS
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        stop = self.tokenizer.get_vocab().get(STOPS.get(self.name, ""))
+        if self.name in STOPS and stop is None:
+            ids = self._backends[0].encode(STOPS[self.name], add_special_tokens=False).ids
+            stop = ids[0] if len(ids) == 1 else None
+        return tuple(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, stop) if i is not None))
+
+    def turns(self, turns: Iterable[Turn], *, prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(ids i32[s], weights f32[s]) of a conversation; a medium is one placeholder token.
+
+        With `prompt`, what the assistant is to continue follows, and nothing is trained.
+
+        Raises:
+          BadExample: the template refuses the order of the roles.
+          ConfigError: the template gives no spans for what the assistant says.
+        """
+        turns = list(turns)
+        text, generated = self._render(turns, prompt)
+        spans = [] if prompt else self._spans(turns, text, generated)
+        ids, weights, at = [], [], 0
+        # Odd pieces are what a user typed that looks like a special token.
+        for i, piece in enumerate(re.split(f"{_LITERAL}(.*?){_END_LITERAL}", text, flags=re.DOTALL)):
+            at += i > 0                 # the mark that was split away
+            encoding = self._backends[i % 2].encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            weights += [_weight(at + a, at + b, spans) for a, b in encoding.offsets]
+            at += len(piece)
+        return np.array(ids, np.int32), np.array(weights, np.float32)
+
+    def _spans(self, turns: list[Turn], text: str, generated: list[Span]) -> list[Span]:
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if self.generation:
+            if len(generated) != len(answers):
+                raise ConfigError(
+                    f"the template {self.name!r} marks {len(generated)} spans for {len(answers)} assistant turns; "
+                    "put {% generation %} around each of them"
+                )
+            found = dict(zip(answers, generated, strict=True))
+        else:
+            found = self._prefixes(turns, answers, text) or self._marked(turns, answers, text)
+        others = [i for i, turn in enumerate(turns) if turn.weight is not None and turn.role != "assistant"]
+        found |= self._marked(turns, others, text) if others else {}
+        default = {i: 1.0 for i in answers}
+        weight = {i: default.get(i, 0.0) if turns[i].weight is None else turns[i].weight for i in found}
+        return [(start, end, float(weight[i])) for i, (start, end, *_) in found.items()]
+
+    def _prefixes(self, turns: list[Turn], answers: list[int], text: str) -> dict[int, tuple[int, int]]:
+        """What turn i adds to the turns before it and a prompt; nothing if the template rewrites history."""
+        found = {}
+        for i in answers:
+            try:
+                before, after = self._render(turns[:i], True)[0], self._render(turns[: i + 1], False)[0]
+            except (BadExample, ConfigError):
+                return {}
+            if not (after.startswith(before) and text.startswith(after)):
+                return {}
+            # The new line after the end token belongs to the format, and is not for the model to learn.
+            found[i] = len(before), max(len(before), len(after.rstrip()))
+        return found
+
+    def _marked(self, turns: list[Turn], which: list[int], text: str) -> dict[int, tuple[int, int]]:
+        """The text of these turns as it stands in the conversation, with an end token right behind it."""
+        found = {}
+        for i in which:
+            marked = self._render(turns, False, mark=i)[0]
+            start, end = marked.find(_MARK), marked.find(_END_MARK) - 1
+            if start < 0 or end < start or marked.replace(_MARK, "").replace(_END_MARK, "") != text:
+                raise ConfigError(
+                    f"the template {self.name!r} does not show what turn {i} ({turns[i].role}) became; "
+                    "put {% generation %} around what the assistant says"
+                )
+            stop = self.special.match(text, end) if self.special and turns[i].role == "assistant" else None
+            found[i] = start, stop.end() if stop else end
+        return found
+
+    def _render(self, turns: list[Turn], prompt: bool, mark: int = -1) -> tuple[str, list[Span]]:
+        """The conversation as text, and the spans inside `{% generation %}`; literals stay marked."""
+        messages = [{"role": t.role, "content": self._content(t.parts, i == mark)} for i, t in enumerate(turns)]
+        try:
+            raw = _compile(self.jinja).render(messages=messages, add_generation_prompt=prompt, **self.values)
+        except jinja2.TemplateError as error:
+            if type(error) is jinja2.TemplateError:     # raise_exception, in the template: it dislikes the roles
+                raise BadExample("", "roles", f"the template {self.name!r} says: {error}") from error
+            raise ConfigError(f"the template {self.name!r} fails: {error}") from error
+        pieces, spans, at, start = [], [], 0, 0
+        for piece in re.split(f"({_OPEN}|{_CLOSE})", raw):
+            if piece == _OPEN:
+                start = at
+            elif piece == _CLOSE:
+                spans.append((start, at, 1.0))
+            else:
+                pieces.append(piece)
+                at += len(piece)
+        return "".join(pieces), spans
+
+    def _content(self, parts: tuple[Part, ...], mark: bool) -> str | list[dict[str, str]]:
+        content = []
+        for part in parts:
+            if part.kind == "text":
+                text = part.text.translate(_NONCHARACTERS)
+                if self.special:
+                    text = self.special.sub(lambda match: f"{_LITERAL}{match[0]}{_END_LITERAL}", text)
+                content.append({"type": "text", "text": text})
+            else:
+                content.append({"type": part.kind, "text": placeholder(self.tokenizer, part.kind)[0]})
+        if mark and content:            # inside the outer blanks, which many templates trim
+            first, last = content[0], content[-1]
+            lead = len(first["text"]) - len(first["text"].lstrip()) if first["type"] == "text" else None
+            if lead is None or last["type"] != "text":
+                raise ConfigError("a turn that begins or ends with a medium cannot have a weight of its own; move the medium inside")
+            first["text"] = first["text"][:lead] + _MARK + first["text"][lead:]
+            trail = len(last["text"].rstrip())
+            last["text"] = last["text"][:trail] + _END_MARK + last["text"][trail:]
+        if not self.typed or all(part["type"] == "text" for part in content):
+            return "".join(part["text"] for part in content)
+        return [part if part["type"] == "text" else {"type": part["type"]} for part in content]
+
+    def _takes_parts(self) -> bool:
+        """Whether a tokenizer's own template reads lists of typed parts: it is shown one."""
+        content = [{"type": "image"}, {"type": "text", "text": "probe"}]
+        try:
+            raw = _compile(self.jinja).render(messages=[{"role": "user", "content": content}], **self.values)
+        except (jinja2.TemplateError, TypeError):
+            return False
+        return "probe" in raw and "'probe'" not in raw and '"probe"' not in raw
+
+    @property
+    def _backends(self) -> tuple[Tokenizer, Tokenizer]:
+        """Two tokenizers: one that knows special tokens, one to which they are text."""
+        if "_both" not in self.__dict__:
+            literal = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+            literal.encode_special_tokens = True
+            known = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+            for backend in (literal, known):
+                backend.no_padding()
+                backend.no_truncation()
+            self._both = (known, literal)
+        return self._both
+
+
+def encode_pair(text: str, template: Template, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids i32[s], weights f32[s]) of one text of a contrastive pair.
+
+    "clip": begin and end token, cut to `length`; what is left of the row is padding.  "siglip": lower case without
+    punctuation, end token, filled to exactly `length` with padding that the model does see (arXiv:2303.15343).
+    The text and its end have weight 1, for captioning objectives beside the contrastive one.
+    """
+    tokenizer = template.tokenizer
+    begin = tokenizer.bos_token_id if template.name == "clip" else None
+    if template.name == "siglip":
+        text = " ".join(re.sub(r"[!-/:-@\[-`{-~]", "", text.lower()).split())
+    ids = template._backends[1].encode(text, add_special_tokens=False).ids
+    begin = [] if begin is None else [begin]
+    ids = begin + ids[: length - len(begin) - 1] + [tokenizer.eos_token_id]
+    weights = [0.0] * len(begin) + [1.0] * (len(ids) - len(begin))
+    if template.name == "siglip":
+        weights += [0.0] * (length - len(ids))
+        ids += [tokenizer.pad_token_id] * (length - len(ids))
+    return np.array(ids, np.int32), np.array(weights, np.float32)
+
+
+def chat_template(name: str, tokenizer: Any) -> str:
+    """The Jinja string to export as the tokenizer's `chat_template`; "" for pairs, which have none."""
+    return Template(name, tokenizer).jinja
+
+
+def _weight(start: int, end: int, spans: list[Span]) -> float:
+    """Of the token with these characters: that of the span which it touches."""
+    return next((w for a, b, w in spans if start < b and end > a), 0.0)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` as marks in the text.
+
+    `transformers` tracks positions in the compiled template instead, which threads cannot share.
+    """
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = lambda text: jinja2.nodes.Output([jinja2.nodes.TemplateData(text)]).set_lineno(line)
+        return [mark(_OPEN), *body, mark(_CLOSE)]
+
+
+@lru_cache(maxsize=32)
+def _compile(text: str) -> jinja2.Template:
+    """The template in the environment that `transformers` gives to chat templates."""
+
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    dump = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = dump
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda f: datetime.now().strftime(f)}
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"a chat template does not parse, line {error.lineno}: {error.message}") from error
