@@ -1,0 +1,179 @@
+"""Floating point operations of a training step, counted from the images and tokens really present.
+
+A matmul of n weights does, for each token it reads,
+
+    2 n     forward
+    2 n     for the gradient of its weights, if they train
+    2 n     for the gradient of its input, if something before it trains
+
+so 6 where all trains, 4 where frozen weights pass gradients, 2 where they do not; and 4 for the first of the
+trained layers, which passes none.  Attention counts visible pairs only, the output matrix supervised
+positions only, an encoder the layers that it runs.  Norms, activations, the optimizer, padding and what is
+recomputed (rematerialization) do not count: this is the work that the model asks for.
+
+Arithmetic on configurations; no array is made.  A new kind of part is a row in PARTS.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import field
+from fnmatch import fnmatch
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.models.dual_encoder import DualEncoderConfig
+from mllm_jax.models.mllm import MLLMConfig
+from mllm_jax.nn.block_config import BlockConfig
+from mllm_jax.nn.lora import LoRA
+from mllm_jax.types import record
+
+
+@record
+class Counts:
+    """What a step reads, over all hosts."""
+
+    rows: float = 0                     # rows that hold an example
+    tokens: float = 0                   # positions that are not padding
+    squares: float = 0                  # sum over packed examples of length^2
+    trained: float = 0                  # positions with a weight in the loss
+    items: Mapping[str, float] = field(default_factory=dict)    # modality -> media items
+
+
+@record
+class Matmul:
+    """Weights of inputs x outputs, applied `times` (tokens x layers); without a path, a product of activations."""
+
+    path: str
+    inputs: float
+    outputs: float
+    times: float
+    after: str = ""                     # a subtree that, if it trains, makes this pass gradients
+
+
+def step_flops(model: Any, trained: Collection[str], counts: Counts) -> float:
+    """Floating point operations of one step forward and backward, of all devices together.
+
+    `trained` are the paths of the parameters that train, for example the keys of the trained dictionary.
+    Raises KeyError if a part of the model is of a kind that is not in PARTS.
+    """
+    return sum(flops_by_part(model, trained, counts).values())
+
+
+def flops_by_part(model: Any, trained: Collection[str], counts: Counts) -> dict[str, float]:
+    """The same, for each part of the model in the order of execution, e.g. {"inputs/image/encoder": ...}."""
+    trained = frozenset(trained)
+    lora = model if isinstance(model, LoRA) else None
+    plain = lora.model if lora else model
+    # Every prefix of a trained path, so that "does anything below this train" is one look-up.
+    learning = {path.rsplit("/", n)[0] for path in trained for n in range(path.count("/") + 1)}
+    out: dict[str, float] = {}
+    for part, passes, products in PARTS[type(plain)](plain, counts, learning.__contains__):
+        out.setdefault(part, 0.0)
+        for m in products:
+            back = passes or m.after in learning
+            if not m.path:                                          # activations with activations: both get a gradient
+                out[part] += 2 * m.inputs * m.outputs * m.times * (3 if back else 1)
+                continue
+            out[part] += 2 * m.inputs * m.outputs * m.times * (1 + (m.path in trained) + back)
+            layer = m.path.removesuffix("/kernel")
+            if lora and layer != m.path and any(fnmatch(layer, target) for target in lora.targets):
+                a, b = (f"{layer}/lora/{x}" in trained for x in "ab")
+                out[part] += 2 * m.inputs * lora.rank * m.times * (1 + a + back)
+                out[part] += 2 * lora.rank * m.outputs * m.times * (1 + b + (a or back))
+    return out
+
+
+Product = tuple[str, bool, list[Matmul]]      # part, whether its input already carries a gradient, its matmuls
+Trains = Callable[[str], bool]             # whether anything at or below a path trains
+
+
+def _block(cfg: BlockConfig, path: str, layers: float, tokens: float, pairs: float) -> list[Matmul]:
+    """A stack of transformer layers at `path`: so many layers, tokens and visible pairs in each layer."""
+    d, h, g = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads
+    k, n = cfg.head_dim or d // h, layers * tokens
+    heads = {"q": (d, h * k), "k": (d, g * k), "v": (d, g * k), "o": (h * k, d)}
+    wide = {"gate": (d, cfg.mlp)} if cfg.gated else {}
+    wide |= {"up": (d, cfg.mlp), "down": (cfg.mlp, d)}
+    named = {f"attn/{x}": s for x, s in heads.items()} | {f"mlp/{x}": s for x, s in wide.items()}
+    out = [Matmul(path=f"{path}/{x}/kernel", inputs=i, outputs=o, times=n, after=path) for x, (i, o) in named.items()]
+    # Scores and their product with the values: 2 k operations for each pair and head, twice.
+    return [*out, Matmul(path="", inputs=2 * k, outputs=h, times=layers * pairs, after=path)]
+
+
+def _vit(cfg: ViTConfig, path: str, items: float, depth: int, pooled: bool, trains: Trains) -> Iterator[Product]:
+    patches = cfg.grid**2
+    n = patches + cfg.class_token
+    at = lambda x: f"{path}/{x}"
+    yield path, False, [Matmul(path=at("patch/kernel"), inputs=cfg.patch_dim, outputs=cfg.width, times=items * patches)]
+    passes = any(trains(at(x)) for x in ("patch", "class_token", "position", "pre_norm"))
+    yield path, passes, _block(cfg, at("blocks/0"), depth, items * n, items * n * n)
+    if pooled and cfg.pool == "map":
+        passes = passes or trains(at("blocks")) or trains(at("norm"))
+        one, many = _block(cfg, at("pool"), 1, items, items * n), ("k/kernel", "v/kernel")
+        pool = [Matmul(**{**vars(m), "times": items * n}) if m.path.endswith(many) else m for m in one]
+        # Keys and values read the patches, whose gradient is wanted only where something before them trains.
+        yield path, passes, [Matmul(**{**vars(m), "after": ""}) if m.path.endswith(many) else m for m in pool]
+
+
+def _mlp_connector(
+    cfg: MLPConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains,
+) -> Iterator[Product]:
+    widths = [d_in] + [d_out] * cfg.depth
+    for i, (a, b) in enumerate(pairwise(widths)):
+        yield path, passes, [Matmul(path=f"{path}/layers/{i}/kernel", inputs=a, outputs=b, times=tokens)]
+        passes = passes or trains(f"{path}/layers/{i}")
+
+
+def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains: Trains) -> Iterator[Product]:
+    passes = passes or any(trains(f"{path}/{x}") for x in ("embedding", "position"))
+    pairs = (counts.squares + counts.tokens) / 2 if cfg.causal else counts.squares
+    yield path, passes, _block(cfg, f"{path}/blocks/0", cfg.depth, counts.tokens, pairs)
+    if cfg.head != "none":
+        passes = passes or trains(f"{path}/blocks") or trains(f"{path}/norm")
+        matrix = f"{path}/head" if cfg.head == "own" else f"{path}/embedding/table"
+        yield path, passes, [Matmul(path=matrix, inputs=cfg.width, outputs=cfg.vocab, times=counts.trained)]
+
+
+def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
+    learns = False
+    for modality, tower in cfg.inputs.items():
+        items, encoder, path = counts.items.get(modality, 0), tower.encoder, f"inputs/{modality}"
+        yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
+        tokens = items * prod(encoder.num_tokens((1, encoder.grid, encoder.grid)))
+        below = trains(f"{path}/encoder")
+        yield from PARTS[type(tower.connector)](
+            tower.connector, f"{path}/connector", encoder.width, cfg.decoder.width, tokens, below, trains)
+        learns = learns or below or trains(f"{path}/connector")
+    yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, counts, trains)
+
+
+def _dual_encoder(cfg: DualEncoderConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
+    """Towers, projections, and the similarities of every row with every other."""
+    def projected(modality: str, path: str, width: int, n: float) -> Iterator[Product]:
+        if modality in cfg.project:
+            yield f"project/{modality}", trains(path), [
+                Matmul(path=f"project/{modality}/kernel", inputs=width, outputs=cfg.dim, times=n)]
+
+    for modality, tower in cfg.inputs.items():
+        path, items = f"inputs/{modality}", counts.items.get(modality, 0)
+        yield from PARTS[type(tower.encoder)](tower.encoder, path, items, tower.encoder.depth, True, trains)
+        yield from projected(modality, path, tower.encoder.width, items)
+    yield from PARTS[type(cfg.text)](cfg.text, "text", False, counts, trains)
+    yield from projected("text", "text", cfg.text.width, counts.rows)
+    towers = {"text": "text"} | {m: f"inputs/{m}" for m in cfg.inputs}
+    sides = sum(trains(path) or trains(f"project/{m}") for m, path in towers.items())
+    # Each side that trains wants a gradient of its own.
+    width = cfg.dim * (1 + sides)
+    yield "similarity", False, [Matmul(path="", inputs=width, outputs=counts.rows, times=counts.rows)]
+
+
+PARTS: dict[type, Callable] = {
+    MLLMConfig: _mllm,
+    DualEncoderConfig: _dual_encoder,
+    ViTConfig: _vit,
+    MLPConfig: _mlp_connector,
+    DecoderConfig: _decoder,
+}

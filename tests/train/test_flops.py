@@ -1,0 +1,144 @@
+"""FLOPs against hand counts, against the matmuls of the traced step, and against XLA's own analysis."""
+
+from dataclasses import replace
+from fnmatch import fnmatch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.data.views import Square
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.models.dual_encoder import DualEncoderConfig
+from mllm_jax.models.mllm import MLLMConfig
+from mllm_jax.models.tower import TowerConfig
+from mllm_jax.nn.lora import LoRA
+from mllm_jax.nn.param import merge, split
+from mllm_jax.objectives import InfoNCE, NextToken
+from mllm_jax.sharding import Layout, use
+from mllm_jax.train.flops import Counts, flops_by_part, step_flops
+from mllm_jax.types import Batch, Media
+
+ROWS, SEQ = 2, 32
+VIT = ViTConfig(width=48, depth=3, heads=3, mlp=96, patch=8, grid=4, layer=-2)
+LLM = DecoderConfig(vocab=100, width=64, depth=2, heads=4, kv_heads=2, mlp=80, causal=False)
+MLLM = MLLMConfig(inputs={"image": TowerConfig(view=Square(size=32), encoder=VIT, connector=MLPConfig())}, decoder=LLM)
+SIGLIP = replace(VIT, class_token=False, pool="map", layer=-1)
+DUAL = DualEncoderConfig(
+    inputs={"image": TowerConfig(view=Square(size=32), encoder=VIT, route="pool")},
+    text=replace(LLM, head="none"), dim=24)
+MAP = replace(DUAL, inputs={"image": replace(DUAL.inputs["image"], encoder=SIGLIP)})
+FULL = Counts(rows=ROWS, tokens=ROWS * SEQ, squares=ROWS * SEQ**2, trained=ROWS * SEQ, items={"image": ROWS})
+
+
+def batch(patch_dim: int) -> Batch:
+    """Rows without padding whose every position is trained, so that a dense program does only what counts."""
+    i = np.arange(SEQ, dtype=np.int32)
+    row = lambda x: np.tile(x, (ROWS, 1))
+    image = Media(values=np.ones((ROWS, 1, 16, patch_dim), np.uint8), coords=np.zeros((ROWS, 1, 16, 3), np.int32),
+                  mask=np.ones((ROWS, 1), bool), slot=row(np.where(i < 16, i, -1)))
+    ones = np.ones((ROWS, SEQ), np.int32)
+    return Batch(tokens=row(i), targets=row(i), weights=ones.astype(np.float32), segments=ones, kinds=ones,
+                 positions=np.tile(i[None, :, None], (ROWS, 1, 3)), media={"image": image})
+
+
+def program(model, glob):
+    """(value_and_grad function of the trained parameters, trained, frozen): shapes only."""
+    made = {}
+
+    def build():
+        made["graph"], params = split(model.build(rngs=nnx.Rngs(0)))
+        return params
+
+    params = jax.eval_shape(build)
+    trained = {k: v for k, v in params.items() if fnmatch(k, glob)}
+    frozen = {k: v for k, v in params.items() if k not in trained}
+    objective = InfoNCE() if isinstance(model, DualEncoderConfig) else NextToken()
+    rows = batch(VIT.patch_dim)
+
+    def loss(trained, frozen):
+        return objective.score(merge(made["graph"], trained | frozen)(rows), rows)["loss"].value
+
+    return jax.value_and_grad(loss), trained, frozen
+
+
+def matmul_flops(jaxpr, times: int = 1) -> int:
+    """Operations of all dot products of a traced program; a scan's body counts for each of its turns."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            depth = np.prod([eqn.invars[0].aval.shape[i] for i in contract], dtype=int)
+            total += 2 * int(depth * np.prod(eqn.outvars[0].aval.shape, dtype=int)) * times
+        turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value if hasattr(value, "eqns") else None)
+            if inner is not None and hasattr(inner, "eqns"):
+                total += matmul_flops(inner, times * turns)
+    return total
+
+
+CASES = {
+    "all of an MLLM": (MLLM, "*"),
+    "only the connector": (MLLM, "inputs/image/connector/*"),
+    "only the second connector layer": (MLLM, "inputs/image/connector/layers/1/*"),
+    "only the encoder": (MLLM, "inputs/image/encoder/*"),
+    "only the decoder": (MLLM, "decoder/*"),
+    "only the output matrix": (MLLM, "decoder/head"),
+    "tied embedding": (replace(MLLM, decoder=replace(LLM, head="tied")), "decoder/*"),
+    "gated and plain": (replace(MLLM, decoder=replace(LLM, gated=False)), "*"),
+    "adapters": (LoRA(model=MLLM, rank=4, alpha=8, targets=("decoder/*",)), "*/lora/*"),
+    "a dual encoder": (DUAL, "*"),
+    "attention pooling": (MAP, "*"),
+    "locked image tower": (DUAL, "text/*"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_count_is_that_of_the_traced_step(name):
+    model, glob = CASES[name]
+    with use(Layout()):
+        step, trained, frozen = program(model, glob)
+        traced = matmul_flops(jax.make_jaxpr(step)(trained, frozen).jaxpr)
+    assert step_flops(model, trained, FULL) == traced
+
+
+def test_xla_agrees_where_matmuls_dominate():
+    wide = replace(LLM, width=256, heads=4, kv_heads=None, mlp=1024, vocab=2048)
+    vit = replace(VIT, width=256, heads=4, mlp=1024)
+    model = MLLMConfig(inputs={"image": replace(MLLM.inputs["image"], encoder=vit)}, decoder=wide)
+    with use(Layout(unroll=8)):                                     # XLA counts the body of a loop once
+        step, trained, frozen = program(model, "*")
+        cost = jax.jit(step).lower(trained, frozen).compile().cost_analysis()["flops"]
+    # XLA also counts norms, softmax and activations, and the resized table of positions: some per cent here.
+    assert step_flops(model, trained, FULL) == pytest.approx(cost, rel=0.06)
+
+
+def test_hand_count_of_a_frozen_and_a_trained_layer():
+    llm = DecoderConfig(vocab=10, width=4, depth=1, heads=1, mlp=8)
+    model = MLLMConfig(inputs={}, decoder=llm)
+    counts = Counts(rows=1, tokens=5, squares=9 + 4, trained=2)             # examples of 3 and 2 tokens
+    weights = 4 * 4 * 4 + 3 * 4 * 8                                         # attention and gated MLP
+    pairs = 3 * 4 / 2 + 2 * 3 / 2
+    all_of_it = {"decoder/embedding/table", "decoder/head", *(
+        f"decoder/blocks/0/{x}/kernel" for x in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down"))}
+    assert step_flops(model, all_of_it, counts) == 6 * weights * 5 + 12 * 4 * pairs + 6 * 4 * 10 * 2
+    assert step_flops(model, {"decoder/head"}, counts) == 2 * weights * 5 + 4 * 4 * pairs + 4 * 4 * 10 * 2
+    below = {"decoder/embedding/table"}
+    assert step_flops(model, below, counts) == 4 * weights * 5 + 12 * 4 * pairs + 4 * 4 * 10 * 2
+
+
+def test_padding_and_missing_images_cost_nothing():
+    few = Counts(rows=1, tokens=10, squares=100, trained=3, items={"image": 1})
+    assert flops_by_part(MLLM, {"decoder/head"}, replace(few, items={}))["inputs/image/encoder"] == 0
+    twice = Counts(rows=2, tokens=20, squares=200, trained=6, items={"image": 2})
+    assert step_flops(MLLM, {"decoder/head"}, twice) == 2 * step_flops(MLLM, {"decoder/head"}, few)
+
+
+def test_an_unknown_part_is_an_error():
+    with pytest.raises(KeyError):
+        step_flops(jnp, set(), FULL)
