@@ -39,10 +39,10 @@ class Lion(Optimizer):
 
 @config
 class Adafactor(Optimizer):
-    """Adafactor (arXiv:1804.04235) as big_vision uses it: factored second moments, momentum `b1` or none."""
+    """Adafactor (arXiv:1804.04235): factored second moments whose decay is 1 - step^-decay_rate, momentum `b1` or none."""
 
     b1: float | None = None
-    b2: float = 0.95
+    decay_rate: float = 0.8
 
 
 @config

@@ -11,7 +11,7 @@ from mllm_jax.nn import stack, visibility
 from mllm_jax.nn.attention import LayerCache
 from mllm_jax.nn.block import Block
 from mllm_jax.nn.block_config import BlockConfig
-from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, normal, param
+from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param
 from mllm_jax.nn.position import Rope
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         head_dim = cfg.head_dim or cfg.width // cfg.heads
         rotation = None if cfg.rope is None else cfg.rope(batch.positions, head_dim)
         if self.position is not None:
-            x = x + jnp.take(self.position[...], batch.positions[..., 0], axis=0).astype(x.dtype)
+            x = x + lookup(self.position[...], batch.positions[..., 0], "position").astype(x.dtype)
         sees = visibility.of_batch(batch, causal=cfg.causal)
         if cache is not None:
             cache, sees = remember(cache, sees)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import config
-from mllm_jax.sharding import compute_dtype
+from mllm_jax.sharding import compute_dtype, constrain
 
 Params = dict[str, jax.Array]
 
@@ -83,7 +83,15 @@ class Embedding(nnx.Module):
         self.table = param(rngs, (vocab, d), "vocab embed", normal(std))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.table[...], tokens, axis=0).astype(compute_dtype())
+        return lookup(self.table[...], tokens, "vocab").astype(compute_dtype())
+
+
+def lookup(table: jax.Array, index: jax.Array, axis: str) -> jax.Array:
+    """Rows i32[b s] of a table f[n d] whose first axis has this name -> f[b s d].
+
+    The width is gathered first: from a table split both ways the partitioner would replicate every row it finds.
+    """
+    return constrain(jnp.take(constrain(table, f"{axis} embed_act"), index, axis=0), "batch seq embed_act")
 
 
 @config

@@ -1,0 +1,255 @@
+"""Checkpoints of a stage (Orbax, asynchronous), and where the parameters of a stage come from.
+
+A checkpoint holds the trained parameters, the optimizer, the moving average, and `meta`: the state of the
+data iterator of every host, the recipe and the versions.  Frozen parameters do not change, so they are
+written once for the stage and not with every step.  A checkpoint appears under its number only when it
+is complete; what a killed process leaves behind is never read.
+"""
+
+import errno
+import importlib.metadata
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from mllm_jax.config import ConfigError, nearest
+from mllm_jax.nn.param import Params
+from mllm_jax.train.state import Blueprint, TrainState, under
+
+KEEP = 2                                # newest checkpoints kept in a stage
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "mllm_jax")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says which one is intact and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage, in a folder of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.saver = ocp.training.Checkpointer(
+            self.folder / "checkpoints", preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+            cleanup_tmp_directories=jax.process_count() == 1)
+        self.pending: Any = None
+
+    def latest(self) -> int | None:
+        return self.saver.latest.step if self.saver.latest else None
+
+    def save_frozen(self, frozen: Params) -> None:
+        """Writes what the stage does not train, once."""
+        if frozen and not (self.folder / "frozen").exists():
+            with _explained(self, "the frozen parameters"):
+                _check_room(self.folder, frozen)
+                ocp.save_pytree(self.folder / "frozen", frozen)
+
+    def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts to write; the state may be donated to the next step at once."""
+        self.wait()
+        with _explained(self, f"step {step}"):
+            parts = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+            parts |= {"ema": state.ema} if state.ema is not None else {}
+            _check_room(self.folder, parts)
+            meta = {**meta, "step": step, "data_states": _of_all_hosts(data_state), "versions": versions()}
+            self.pending = (step, self.saver.save_checkpointables_async(step, {"state": parts, "meta": meta}, overwrite=True))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete.  Raises CheckpointError if it could not be written."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            with _explained(self, f"step {pending[0]}"):
+                pending[1].result()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Any, dict[str, Any]] | None:
+        """(state, this host's iterator state, meta) of the newest checkpoint, or None if there is none."""
+        step = self.latest()
+        if step is None:
+            return None
+        parts = {"params": abstract.params, "opt_state": abstract.opt_state, "step": abstract.step}
+        parts |= {"ema": abstract.ema} if abstract.ema is not None else {}
+        path = self.folder / "checkpoints" / str(step)
+        with _readable(path, others=[c.step for c in self.saver.checkpoints if c.step != step]):
+            found = self.saver.load_checkpointables(step, {"state": parts, "meta": None})
+            frozen = ocp.load_pytree(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
+        state = TrainState(step=found["state"]["step"], params=found["state"]["params"], frozen=frozen,
+                           opt_state=found["state"]["opt_state"], ema=found["state"].get("ema"))
+        states = found["meta"]["data_states"]
+        if len(states) != jax.process_count():
+            raise CheckpointError(f"{path} was written by {len(states)} hosts and is read by {jax.process_count()}; "
+                                  "resume on as many hosts as before")
+        return state, states[jax.process_index()], found["meta"]
+
+    def close(self) -> None:
+        self.wait()
+        self.saver.close()
+
+
+def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Parameters of the newest checkpoint in a stage's folder, each with the sharding that is wanted.
+
+    Trained parameters come from the moving average if the stage kept one.
+
+    Raises:
+      CheckpointError: no checkpoint, a parameter is missing, or it has another shape.
+    """
+    folder = Path(folder).absolute()
+    with ocp.training.Checkpointer(folder / "checkpoints") as saver:
+        if saver.latest is None:
+            raise CheckpointError(f"{folder} holds no complete checkpoint; run that stage first")
+        step = saver.latest.step
+    path = folder / "checkpoints" / str(step)
+    with _readable(path):
+        saved = ocp.checkpointables_metadata(path).metadata["state"]
+        part = "ema" if "ema" in saved else "params"
+        frozen = ocp.pytree_metadata(folder / "frozen").metadata if (folder / "frozen").exists() else {}
+    for name, want in wanted.items():
+        have = saved[part].get(name) or frozen.get(name)
+        if have is None:
+            raise CheckpointError(f"{path} has no parameter {name!r}; nearest: {nearest(name, [*saved[part], *frozen])}")
+        if tuple(have.shape) != tuple(want.shape):
+            raise CheckpointError(f"{path}: {name} has shape {tuple(have.shape)}; the model wants {tuple(want.shape)}")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _readable(path), context:
+        mine = {k: v for k, v in wanted.items() if k in saved[part]}
+        out = ocp.load_checkpointables(path, {"state": {part: mine}})["state"][part] if mine else {}
+        rest = {k: v for k, v in wanted.items() if k not in mine}
+        return out | (ocp.load_pytree(folder / "frozen", rest) if rest else {})
+
+
+def versions() -> dict[str, str]:
+    return {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def initial_params(
+    blueprint: Blueprint, sources: Mapping[str, str], *, run_dir: Path, runs: Path, previous: str | None, seed: int,
+    from_hf: Any,
+) -> Params:
+    """The parameters a stage starts from.
+
+    `sources` maps a subtree (`decoder`, `inputs/image/encoder`, `*`) to where it comes from:
+      `stage://NAME[/subtree]`   an earlier stage of this run
+      `recipe://NAME[/subtree]`  the last stage of another recipe's run, beside this one
+      `copy://subtree`           another subtree of this model
+      anything else              a Hugging Face folder or `hf://` name, read by `from_hf(source, subtree, wanted)`
+    What no source names comes from the `previous` stage, if it trained the same model; otherwise it is fresh.
+
+    Raises:
+      ConfigError: a subtree that no parameter is in, or a stage or recipe that has not been run.
+    """
+    given: Params = {}
+    copies: dict[str, str] = {}
+    for subtree, source in sources.items():
+        inside = under(blueprint.shapes, subtree)
+        if not inside:
+            raise ConfigError(f"weights names {subtree!r}, which no parameter is in; nearest: {nearest(subtree, parts(blueprint.shapes))}")
+        scheme, _, rest = source.partition("://")
+        if scheme in ("stage", "recipe"):
+            folder, theirs = _stage_folder(scheme, rest, run_dir, runs)
+            name_of = {whole: "/".join(filter(None, (theirs, short))) for short, whole in inside.items()}
+            found = read_params(folder, {name_of[w]: blueprint.shapes[w] for w in inside.values()})
+            given |= {w: found[name_of[w]] for w in inside.values()}
+        elif scheme == "copy":
+            copies |= {whole: "/".join(filter(None, (rest, short))) for short, whole in inside.items()}
+        else:
+            given |= from_hf(source, subtree, {w: blueprint.shapes[w] for w in inside.values()})
+    rest = {k: v for k, v in blueprint.shapes.items() if k not in given and k not in copies}
+    if rest and previous is not None:
+        given |= read_params(run_dir / "stages" / previous, rest)
+    params = blueprint.init(seed, given)
+    return params | {k: params[source] for k, source in copies.items()}
+
+
+def parts(paths: Mapping[str, Any]) -> list[str]:
+    """All subtrees of these paths."""
+    return sorted({"/".join(p.split("/")[:n]) for p in paths for n in range(1, p.count("/") + 1)})
+
+
+def _stage_folder(scheme: str, rest: str, run_dir: Path, runs: Path) -> tuple[Path, str]:
+    if scheme == "stage":
+        name, _, subtree = rest.partition("/")
+        folder = run_dir / "stages" / name
+    else:
+        match = re.fullmatch(r"([^/]+/[^/]+)(?:/(.*))?", rest)
+        if not match:
+            raise ConfigError(f"recipe://{rest} does not name a recipe; write recipe://chapter/system[/subtree]")
+        name, subtree = match[1], match[2] or ""
+        run = runs / re.sub(r"[/:=,]", "-", name)
+        stages = json.loads((run / "recipe.json").read_text())["config"]["stages"] if (run / "recipe.json").exists() else {}
+        folder = run / "stages" / (list(stages) or ["?"])[-1]
+    if not (folder / "checkpoints").exists():
+        raise ConfigError(f"{scheme}://{rest} has no checkpoint under {folder}; train it first")
+    return folder, subtree
+
+
+def _of_all_hosts(state: Any) -> list[Any]:
+    """The JSON-able value of every process, on every process.  Bytes are gathered: numbers would be rounded."""
+    if jax.process_count() == 1:
+        return [state]
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([len(text)], np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:n].astype(np.uint8)).decode()) for row, n in zip(rows, sizes)]
+
+
+def _check_room(folder: Path, tree: Any) -> None:
+    """Refuses to begin a checkpoint that the disk cannot hold."""
+    need = sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.process_count()
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"{need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
+
+
+class _explained:
+    """Turns a failed write into one line that says what is intact."""
+
+    def __init__(self, checkpoints: Checkpoints, what: str):
+        self.checkpoints, self.what = checkpoints, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception):
+            return
+        self.checkpoints.saver.reload()
+        last = self.checkpoints.latest()
+        intact = f"the checkpoint of step {last} is intact" if last is not None else "there is no earlier checkpoint"
+        raise CheckpointError(f"could not save {self.what} in {self.checkpoints.folder}: {_cause(error)}; {intact}; "
+                              "free space or choose another --out, and run again to resume") from error
+
+
+class _readable:
+    """Turns a failed read into one line that names the folder."""
+
+    def __init__(self, path: Path, others: list[int] | None = None):
+        self.path, self.others = path, others
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, (ConfigError, CheckpointError)):
+            return
+        back = f"delete it to resume from step {max(self.others)}" if self.others else "delete it, or start anew with --fresh"
+        raise CheckpointError(f"the checkpoint {self.path} cannot be read: {_cause(error)}; {back}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message: Orbax wraps the reason in several layers that only say that something failed."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
