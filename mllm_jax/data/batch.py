@@ -1,0 +1,199 @@
+"""Rows -> Batch: media are decoded here, and nowhere earlier; also the left-padded batch of prompts.
+
+Media values are u8 patches, four times smaller on the way to the device than normalized floats. A medium that turns
+out to be broken behind its header takes its example with it: those positions become padding.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, replace
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.augment import rng_for
+from mllm_jax.data.errors import BadExample
+from mllm_jax.data.pack import Placed, Row, RowSpec, blank, one_row, row_spec
+from mllm_jax.data.templates import Template
+from mllm_jax.data.tokenize import encode_prompt, read_blob
+from mllm_jax.types import Batch, Example, Media, Sequence, record
+
+Decoded = tuple[np.ndarray, np.ndarray]             # values u8[p u], coords i32[p 3]
+BUCKET = 64                                         # lengths of prompt batches are multiples of this
+
+
+@record
+class BatchInfo:
+    """What is in a batch, for the log; sums over its rows."""
+
+    ids: tuple[tuple[str, ...], ...]                # of the examples of each row
+    tokens: int                                     # positions that are not padding
+    trained: int                                    # of them with a weight
+    media: Mapping[str, int]                        # modality -> items
+    squares: int                                    # sum over examples of length^2: what causal attention costs
+    examples: Mapping[str, int] = field(default_factory=dict)               # source -> examples since the start
+    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)    # (source, reason) -> since the start
+
+
+@record
+class Rows:
+    """A batch of this host, in numpy, and what is in it."""
+
+    batch: Batch
+    info: BatchInfo
+
+
+def decode_items(
+    placed: Iterable[Placed],
+    towers: Mapping[str, Any],
+    *,
+    exact: bool,
+    augment: tuple[Any, ...] = (),
+    seed: int = 0,
+    map: Callable = map,
+) -> list[Decoded | BadExample]:
+    """Patches of each medium, or what is wrong with it, in order.
+
+    Args:
+      exact: pixels equal to the reference processors; otherwise faster ones, for training.
+      augment: changes of the image, keyed by (seed, id of the example, number of the medium, epoch).
+      map: `executor.map`, to decode in threads.
+    """
+
+    def decode(place: Placed) -> Decoded | BadExample:
+        tower, id = towers[place.item.modality], place.entry.sequence.id
+        change = None
+        if augment:
+            rng = rng_for(seed, f"{id}/{place.number}", place.entry.epoch)
+            change = lambda image: _chain(augment, image, rng)
+        try:
+            return tower.view(read_blob(place.item.blob), tower.patch, exact=exact, change=change)
+        except BadExample as error:
+            return error.of(id)
+
+    return list(map(decode, placed))
+
+
+def mend(row: Row, decoded: list[Decoded | BadExample], spec: RowSpec) -> tuple[Row | None, list[Decoded]]:
+    """The row without the examples that have a broken medium, or None if none is left, and its media."""
+    bad = {p.segment for p, d in zip(row.media, decoded, strict=True) if isinstance(d, BadExample)}
+    good = [d for p, d in zip(row.media, decoded, strict=True) if p.segment not in bad]
+    return (blank(row, bad, spec) if bad else row), good
+
+
+def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Batch:
+    """A Batch of numpy arrays; the layout of its media is fixed, so a row without media has room for them too."""
+    stack = lambda name: np.stack([getattr(row, name) for row in rows])
+    b, media = len(rows), {}
+    for modality, room in spec.media.items():
+        i, p = room.items, int(np.prod(room.grid))
+        media[modality] = Media(
+            values=np.zeros((b, i, p, room.width), np.uint8),
+            coords=np.zeros((b, i, p, 3), np.int32),
+            mask=np.zeros((b, i), bool),
+            slot=np.stack([row.slots[modality] for row in rows]),
+        )
+    for r, (row, items) in enumerate(zip(rows, decoded, strict=True)):
+        for place, (values, coords) in zip(row.media, items, strict=True):
+            into = media[place.item.modality]
+            into.values[r, place.index], into.coords[r, place.index] = values, coords
+            into.mask[r, place.index] = True
+    causal = np.arange(spec.seq_len, dtype=np.int32)
+    return Batch(
+        tokens=stack("tokens"),
+        targets=stack("targets"),
+        weights=stack("weights"),
+        segments=stack("segments"),
+        positions=stack("positions"),
+        kinds=stack("kinds"),
+        blocks=None
+        if all(row.blocks is None for row in rows)
+        else np.stack([causal if row.blocks is None else row.blocks for row in rows]),
+        media=media,
+    )
+
+
+def describe(rows: list[Row]) -> BatchInfo:
+    """What is in these rows; the counts since the start are the loader's to add."""
+    lengths = [len(entry.sequence) for row in rows for entry in row.entries]
+    media: dict[str, int] = {}
+    for row in rows:
+        for place in row.media:
+            media[place.item.modality] = media.get(place.item.modality, 0) + 1
+    return BatchInfo(
+        ids=tuple(tuple(entry.sequence.id for entry in row.entries) for row in rows),
+        tokens=sum(lengths),
+        trained=sum(int(np.count_nonzero(row.weights)) for row in rows),
+        media=media,
+        squares=sum(n * n for n in lengths),
+    )
+
+
+def prompt_batch(
+    examples: Iterable[Example],
+    *,
+    template: str | Template,
+    tokenizer: Any,
+    towers: Mapping[str, Any],
+    seq_len: int | None = None,
+    items: Mapping[str, int] | None = None,
+    rows: int | None = None,
+    exact: bool = True,
+    map: Callable = map,
+) -> Batch:
+    """Prompts of different lengths, one a row, padded at the left so that all of them end at the last position.
+
+    Padding has segment 0; positions count from 0 at the first token of each prompt.
+
+    Args:
+      seq_len: length of the rows; None takes the longest prompt, rounded up to a multiple of 64, so that a
+        program is compiled for few lengths.
+      items: room for media; None takes the most that a prompt has, at least one.
+      rows: rows of the batch; those after the examples are padding alone (a ragged last batch).
+
+    Raises:
+      BadExample: a fault of an example, or one that does not fit.
+    """
+    template = template if isinstance(template, Template) else Template(template, tokenizer)
+    sequences = [encode_prompt(e, template=template, tokenizer=tokenizer, towers=towers, max_len=seq_len) for e in examples]
+    if seq_len is None:
+        longest = max((len(s) for s in sequences), default=1)
+        seq_len = -(-longest // BUCKET) * BUCKET
+    if items is None:
+        items = {m: max(1, *(sum(i.modality == m for i in s.items) for s in sequences)) for m in towers}
+    spec = row_spec(seq_len, items, towers, tokenizer.pad_token_id)
+    placed = [_to_the_right(one_row(s, spec), len(s)) for s in sequences]
+    decoded = []
+    for row in placed:
+        decoded.append(decode_items(row.media, towers, exact=exact, map=map))
+        for item in decoded[-1]:
+            if isinstance(item, BadExample):
+                raise item
+    for _ in range(len(placed), rows or 0):
+        placed.append(_empty(spec))
+        decoded.append([])
+    return collate(placed, decoded, spec)
+
+
+def _to_the_right(row: Row, length: int) -> Row:
+    by = len(row.tokens) - length
+    arrays = ("tokens", "targets", "weights", "segments", "positions", "kinds")
+    return replace(
+        row,
+        **{name: np.roll(getattr(row, name), by, axis=0) for name in arrays},
+        slots={m: np.roll(slot, by) for m, slot in row.slots.items()},
+    )
+
+
+def _empty(spec: RowSpec) -> Row:
+    none = np.zeros(0, np.int32)
+    nothing = Sequence(
+        id="", source="", tokens=none, targets=none, weights=none, kinds=none,
+        positions=np.zeros((0, 3), np.int32), blocks=None, slot=none,
+    )  # fmt: skip
+    return replace(one_row(nothing, spec), entries=())
+
+
+def _chain(changes: tuple[Any, ...], image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    for change in changes:
+        image = change(image, rng)
+    return image
