@@ -180,14 +180,20 @@ class Template:
         return [(start, end, float(weight[i])) for i, (start, end, *_) in found.items()]
 
     def _prefixes(self, turns: list[Turn], answers: list[int], text: str) -> dict[int, tuple[int, int]]:
-        """What turn i adds to the turns before it and a prompt; nothing if the template rewrites history."""
+        """What turn i adds to the turns before it and a prompt.
+
+        Nothing if the template rewrites history, or if that does not begin with what the turn says: it
+        ignores the wish for a prompt then, and the name of the role would be trained.
+        """
         found = {}
         for i in answers:
             try:
                 before, after = self._render(turns[:i], True)[0], self._render(turns[: i + 1], False)[0]
             except (BadExample, ConfigError):
                 return {}
-            if not (after.startswith(before) and text.startswith(after)):
+            said = self._content(turns[i].parts, False)
+            said = said if isinstance(said, str) else next((p["text"] for p in said if p["type"] == "text"), "")
+            if not (after.startswith(before) and text.startswith(after) and after[len(before) :].lstrip().startswith(said.strip())):
                 return {}
             # The new line after the end token belongs to the format, and is not for the model to learn.
             found[i] = len(before), max(len(before), len(after.rstrip()))
