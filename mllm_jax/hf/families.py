@@ -1,0 +1,64 @@
+"""The families of the Hub, by `model_type`; and what a folder holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.config import ConfigError
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.hf import clip, llama, llava, qwen, siglip
+from mllm_jax.hf.family import Family
+from mllm_jax.models.dual_encoder import DualEncoderConfig
+from mllm_jax.models.mllm import MLLMConfig
+
+FAMILIES: dict[str, Family] = {
+    f.model_type: f
+    for f in (clip.CLIP, clip.CLIP_VISION, siglip.SIGLIP, siglip.SIGLIP_VISION, llama.LLAMA, llama.MISTRAL, qwen.QWEN2,
+              qwen.QWEN3, llava.LLAVA)
+}  # fmt: skip
+
+
+def family(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        raise ConfigError(f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def family_of(cfg: Any) -> Family:
+    """The family that a model of ours is written as, unless another is asked for."""
+    if isinstance(cfg, MLLMConfig):
+        return llava.LLAVA
+    if isinstance(cfg, DecoderConfig):
+        return llava.decoder_family(cfg)
+    if isinstance(cfg, DualEncoderConfig) and set(cfg.inputs) == {"image"}:
+        return clip.CLIP if cfg.inputs["image"].encoder.class_token else siglip.SIGLIP
+    if isinstance(cfg, ViTConfig):
+        return clip.CLIP_VISION if cfg.class_token else siglip.SIGLIP_VISION
+    raise ConfigError(f"no family of the Hub is like this {type(cfg).__name__}")
+
+
+def describe(folder: Path) -> tuple[Family, Any]:
+    """The family of a folder and its configuration as ours.
+
+    Raises:
+      ConfigError: no config.json, or it asks for something that is not supported.
+    """
+    hf = _json(folder / "config.json")
+    if not hf:
+        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    if "model_type" not in hf:
+        raise ConfigError(f"{folder}/config.json has no model_type; supported are {', '.join(FAMILIES)}")
+    found = family(hf["model_type"])
+    pre = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor") or {}
+    try:
+        return found, found.config(hf, pre)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+
+
+def _json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from None

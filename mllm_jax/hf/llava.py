@@ -1,0 +1,108 @@
+"""LLaVA (arXiv:2304.08485, 2310.03744) as `LlavaForConditionalGeneration`: an image tower, two linear layers, a language model.
+
+Its tables are those of the parts with a prefix.  Three key layouts are about: that of the Hub (which is also
+written), the one in memory, and that of `save_pretrained` of transformers 5, without `vision_model.`
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mllm_jax.config import ConfigError
+from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.hf import clip, llama, qwen, siglip
+from mllm_jax.hf.family import Family, Part, linear
+from mllm_jax.hf.options import Ids, activation, their_activation, their_view, view
+from mllm_jax.models.mllm import MLLMConfig
+from mllm_jax.models.tower import TowerConfig
+
+CONNECTOR = (
+    *linear("linear_1", "layers/0", "f d -> d f"),
+    *linear("linear_2", "layers/1", "f d -> d f"),
+)
+TOWERS = {"clip_vision_model": clip.vit, "siglip_vision_model": siglip.vit}
+DECODERS = {"llama": llama.LLAMA, "mistral": llama.MISTRAL, "qwen2": qwen.QWEN2, "qwen3": qwen.QWEN3}
+# What the folders of llava-1.5 leave out of their configuration of CLIP-L/14.
+TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "patch_size": 14, "image_size": 336}
+
+
+def decoder_family(cfg: DecoderConfig) -> Family:
+    """The family whose options these are; Mistral is Llama with other numbers."""
+    return qwen.QWEN3 if cfg.qk_norm else qwen.QWEN2 if cfg.qkv_bias and not cfg.out_bias else llama.LLAMA
+
+
+def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
+    vision, text = hf.get("vision_config") or {}, hf.get("text_config") or {}
+    vision = (TOWER if vision.get("model_type", "clip_vision_model") == "clip_vision_model" else {}) | vision
+    kind, language = vision["model_type"], text.get("model_type", "llama")
+    if kind not in TOWERS or language not in DECODERS:
+        raise ConfigError(f"llava with {kind} and {language} is not supported; supported are {', '.join(TOWERS)} "
+                          f"with {', '.join(DECODERS)}")
+    strategy, layer = hf.get("vision_feature_select_strategy", "default"), hf.get("vision_feature_layer", -2)
+    encoder = TOWERS[kind](vision, pre)
+    if not isinstance(layer, int):
+        raise ConfigError(f"llava: vision_feature_layer={layer}; features of one layer are supported")
+    if strategy not in (("default", "full") if encoder.class_token else ("full",)):
+        raise ConfigError(f"llava: vision_feature_select_strategy={strategy!r} would drop the first patch of {kind}, "
+                          "which has no class token; only 'full' is supported there")
+    encoder = replace(encoder, layer=layer, final_norm=False, keep_class=encoder.class_token and strategy == "full")
+    connector = MLPConfig(depth=2, activation=activation(hf.get("projector_hidden_act", "gelu")),
+                          bias=hf.get("multimodal_projector_bias", True))
+    image = TowerConfig(
+        view=view(pre, vision["image_size"], crop=encoder.class_token), encoder=encoder, connector=connector)
+    tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    return MLLMConfig(inputs={"image": image}, decoder=DECODERS[language].config({**text, "tie_word_embeddings": tied}, {}))
+
+
+def hf_config(cfg: MLLMConfig, ids: Ids, family: Family | None = None) -> tuple[dict, dict]:
+    if set(cfg.inputs) != {"image"} or cfg.inputs["image"].route != "splice" or not isinstance(cfg.inputs["image"].encoder, ViTConfig):
+        raise ConfigError(f"the family 'llava' has one input, image, spliced from a ViT; the model has {sorted(cfg.inputs)}")
+    tower = cfg.inputs["image"]
+    encoder, connector = tower.encoder, tower.connector
+    if not isinstance(connector, MLPConfig):
+        raise ConfigError(f"the family 'llava' cannot express the connector {type(connector).__name__}; MLPConfig it can")
+    text, _ = (family or decoder_family(cfg.decoder)).hf_config(cfg.decoder, ids)
+    out = {
+        "model_type": "llava", "image_token_index": ids.image, "image_seq_length": encoder.grid**2 + encoder.keep_class,
+        "projector_hidden_act": their_activation(connector.activation), "multimodal_projector_bias": connector.bias,
+        "vision_feature_layer": encoder.layer,
+        "vision_feature_select_strategy": "default" if encoder.class_token and not encoder.keep_class else "full",
+        "vision_config": (clip if encoder.class_token else siglip).their_vit(encoder, tower.view.size), "text_config": text,
+        "tie_word_embeddings": cfg.decoder.head == "tied",
+        **{f"{k}_token_id": getattr(ids, k) for k in ("bos", "eos", "pad") if getattr(ids, k) is not None},
+    }  # fmt: skip
+    return out, their_view(tower.view, encoder)
+
+
+def processor(cfg: MLLMConfig) -> dict[str, Any]:
+    """processor_config.json: how `LlavaProcessor` counts the placeholders of an image."""
+    encoder = cfg.inputs["image"].encoder
+    return {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": encoder.patch,
+        "num_additional_image_tokens": int(encoder.class_token),
+        "vision_feature_select_strategy": "default" if encoder.class_token and not encoder.keep_class else "full",
+    }  # fmt: skip
+
+
+LLAVA = Family(
+    model_type="llava", architecture="LlavaForConditionalGeneration", config=config, hf_config=hf_config,
+    parts=(
+        Part(theirs="vision_tower.vision_model.", ours="inputs/image/encoder/", rows=clip.IMAGE + siglip.POOL,
+             of=lambda c: c.inputs["image"].encoder),
+        Part(theirs="multi_modal_projector.", ours="inputs/image/connector/", rows=CONNECTOR,
+             of=lambda c: c.inputs["image"].connector),
+        Part(theirs="language_model.", ours="decoder/", rows=llama.ROWS, of=lambda c: c.decoder),
+    ),
+    layouts=(
+        (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    ),
+    ignore=(*clip.BUFFERS, *llama.BUFFERS),
+    # Its pooled vector is not used, and the class of a tower without attention pooling is the same to transformers.
+    free=(r"inputs\.image\.encoder\.pool",),
+)

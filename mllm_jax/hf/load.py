@@ -1,0 +1,186 @@
+"""Import: the tensors of a Hugging Face folder, one at a time, into the shards of our parameters.
+
+A host looks only at the layers and pages that its devices hold; what it keeps beside the result is its share
+of one parameter.  The target may be a part of the model in the folder (the image tower of CLIP, the language
+model of LLaVA), and may have more rows of vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.config import ConfigError
+from mllm_jax.hf.families import describe
+from mllm_jax.hf.family import LEAVES_OF_LORA, Family, Link, differences, parameter_shapes
+from mllm_jax.hf.hub import folder_of
+from mllm_jax.hf.tensors import NATIVE, tensors_of
+from mllm_jax.nn.lora import LoRA
+
+log = logging.getLogger(__name__)
+
+VOCAB_AXIS = {"embedding/table": 0, "head": 1}
+# What the user of a checkpoint may choose otherwise than the checkpoint says. The vocabulary may grow, and
+# what shapes tell (positions, pooling) is checked there.
+FREE = (r"(.*\.)?(layer|keep_class|final_norm|pool|vocab|positions|grid|table)", r"(.*\.)?view(\..*)?", "scale", "bias")
+
+
+def load(
+    source: str | Path,
+    cfg: Any = None,
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    dtype: Any = jnp.float32,
+    part: str | None = None,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """(configuration, {path: parameter}) of a folder or of hf://org/name.
+
+    Args:
+      cfg: the model to load into, where it is not simply that of the checkpoint.
+      shardings: of some or all parameters; the others go to the first device.
+      dtype: of the parameters; None keeps what is stored.
+      part: a part of the model alone, by its path in ours: `inputs/image/encoder`, `decoder`, `text`, ...
+
+    Raises:
+      ConfigError: nothing to load, something that is not supported, or a tensor missing, unknown or of a wrong shape.
+    """
+    folder = folder_of(source)
+    family, theirs = describe(folder)
+    if part is not None:
+        known = {p.ours.rstrip("/"): p.of(theirs) for p in family.parts if p.ours}
+        if part.rstrip("/") not in known:
+            raise ConfigError(f"{source} is a {family.model_type} and has no part {part!r}; it has {', '.join(known) or 'none'}")
+        theirs = known[part.rstrip("/")]
+    cfg = theirs if cfg is None else cfg
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32 if dtype is None else dtype, sharding=(shardings or {}).get(path))
+              for path, shape in parameter_shapes(cfg).items()}
+    return cfg, _load(folder, str(source), cfg, shapes, keep=dtype is None)
+
+
+def load_subtree(source: str | Path, cfg: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Parameters for a model or a part of one (an encoder, a decoder, a connector), from a folder or hf://org/name.
+
+    Args:
+      cfg: configuration of the part; its kind says which part of the checkpoint is meant.
+      shapes: path below the part -> shape, dtype and sharding of what is wanted.  Adapters
+        (`.../lora/a`, `.../lora/b`) are no part of a checkpoint, and are left out of what is returned.
+
+    Raises:
+      ConfigError: as `load`; and where an option of `cfg` is not that of the checkpoint.
+    """
+    return _load(folder_of(source), str(source), cfg, shapes)
+
+
+def _load(folder: Path, where: str, cfg: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], keep: bool = False) -> dict[str, jax.Array]:
+    family, theirs = describe(folder)
+    cfg = cfg.model if isinstance(cfg, LoRA) else cfg
+    shapes = {path: s for path, s in shapes.items() if not path.endswith(LEAVES_OF_LORA)}
+    prefix = _prefix(family, theirs, cfg, where)
+    part = theirs if not prefix else next(p.of(theirs) for p in family.parts if p.ours == prefix)
+    if wrong := differences(part, cfg, FREE):
+        what = "; ".join(f"{path} is {a!r} in the checkpoint and {b!r} in the model" for path, (a, b) in wrong.items())
+        raise ConfigError(f"{where}: {what}; change the configuration of the model to that of the checkpoint")
+    read, links = reader(folder, where, family, theirs)
+    mine: dict[str, list[Link]] = {}
+    for link in links:
+        if link.ours.startswith(prefix) and link.ours.removeprefix(prefix) in shapes:
+            mine.setdefault(link.ours.removeprefix(prefix), []).append(link)
+    if missing := sorted(shapes.keys() - mine.keys()):
+        raise ConfigError(f"{where} ({family.model_type}) has nothing for {len(missing)} parameters: {', '.join(missing[:5])}")
+    out = {}
+    for path, want in shapes.items():
+        stack = mine[path]
+        have = stack[0].shape if stack[0].layer is None else (len(stack), *stack[0].shape)
+        if grown := _growth(path, have, want.shape, where, stack[0].theirs):
+            log.info("%s: %s grows from %d to %d tokens; the new ones are the mean of the old", where, path, *grown)
+        out[path] = _fill(_of_type(want, read(stack[0]).dtype) if keep else want, stack, read)
+    return out
+
+
+def reader(folder: Path, where: str, family: Family, cfg: Any) -> tuple[Callable[[Link], np.ndarray], list[Link]]:
+    """A function from a link to its array in our layout, a view of the disk; and all links of the folder."""
+    stored, links = tensors_of(folder), family.links(cfg)
+    if (folder / NATIVE).exists():
+        if odd := sorted(stored.keys() ^ {x.ours for x in links}):
+            raise ConfigError(f"{where}: {NATIVE} and config.json differ in {len(odd)} parameters: {', '.join(odd[:5])}")
+        read = lambda link: stored[link.ours].view() if link.layer is None else stored[link.ours].view()[link.layer]
+        shape_of = lambda link: stored[link.ours].shape[link.layer is not None :]
+        wanted = lambda link: link.shape
+    else:
+        names = family.find(stored, links, where)
+        read = lambda link: link.to_ours(stored[names[link.theirs]].view())
+        shape_of = lambda link: stored[names[link.theirs]].shape
+        wanted = lambda link: link.their_shape
+    for link in links:
+        if shape_of(link) != wanted(link):
+            raise ConfigError(f"{where}: {link.theirs} is {_x(shape_of(link))}; config.json promises {_x(wanted(link))}")
+    return read, links
+
+
+def _of_type(want: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(want.shape, dtype, sharding=want.sharding)
+
+
+def _prefix(family: Family, theirs: Any, cfg: Any, where: str) -> str:
+    if type(theirs) is type(cfg):
+        return ""
+    for part in family.parts:
+        if type(part.of(theirs)) is type(cfg):
+            return part.ours
+    kinds = ", ".join(sorted({type(p.of(theirs)).__name__ for p in family.parts}))
+    raise ConfigError(f"{where} is a {family.model_type} and holds no {type(cfg).__name__}; it holds {kinds}")
+
+
+def _growth(path: str, have: tuple, want: tuple, where: str, theirs: str) -> tuple[int, int] | None:
+    """(old, new) size of a vocabulary that grows, None where nothing does; any other difference is an error."""
+    if have == want:
+        return None
+    axis = next((a for name, a in VOCAB_AXIS.items() if path == name or path.endswith("/" + name)), None)
+    if axis is not None and len(have) == len(want) == 2 and have[1 - axis] == want[1 - axis]:
+        if have[axis] < want[axis]:
+            return have[axis], want[axis]
+        raise ConfigError(f"{where}: {theirs} has {have[axis]} tokens and the model {want[axis]}; set the vocabulary of "
+                          f"the model to at least {have[axis]}")
+    raise ConfigError(f"{where}: {theirs} becomes {path} of {_x(have)}; the model has {_x(want)}")
+
+
+def _fill(want: jax.ShapeDtypeStruct, stack: list[Link], read: Callable[[Link], np.ndarray]) -> jax.Array:
+    """One parameter on its devices; each tensor is looked at once, for all the shards of this host."""
+    sharding = want.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    key = lambda index: tuple(s.indices(n)[:2] for s, n in zip(index, want.shape))
+    places = {key(i) for i in sharding.addressable_devices_indices_map(want.shape).values()}
+    shards = {k: np.empty([b - a for a, b in k], want.dtype) for k in places}
+    for link in stack:
+        if link.layer is None:
+            piece = _grown(read(link), want.shape)
+            for k, shard in shards.items():
+                shard[...] = piece(k)
+        elif inside := [k for k in shards if k[0][0] <= link.layer < k[0][1]]:
+            x = read(link)
+            for k in inside:
+                shards[k][link.layer - k[0][0]] = x[tuple(slice(a, b) for a, b in k[1:])]
+    return jax.make_array_from_callback(want.shape, sharding, lambda index: shards[key(index)], dtype=want.dtype)
+
+
+def _grown(x: np.ndarray, shape: tuple[int, ...]) -> Callable[[tuple], np.ndarray]:
+    """A function from [(begin, end), ...] to that piece of x, whose one shorter axis is continued by its mean."""
+    cut = lambda k: x[tuple(slice(a, b) for a, b in k)]
+    if x.shape == shape:
+        return cut
+    axis = next(a for a in range(x.ndim) if x.shape[a] != shape[a])
+    mean = x.mean(axis, dtype=np.float32, keepdims=True)
+
+    def piece(k: tuple) -> np.ndarray:
+        new = k[axis][1] - max(k[axis][0], x.shape[axis])
+        tail = mean[tuple(slice(None) if a == axis else slice(*r) for a, r in enumerate(k))]
+        return np.concatenate([cut(k), np.repeat(tail, max(new, 0), axis)], axis)
+
+    return piece
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"

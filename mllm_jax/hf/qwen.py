@@ -1,0 +1,40 @@
+"""Qwen2 (and 2.5) and Qwen3: Llama with biases on queries, keys and values, or with norms on queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.hf.llama import DEFAULTS, causal_lm, decoder, their_decoder
+from mllm_jax.hf.options import Ids
+
+QWEN = DEFAULTS | {
+    "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32, "max_position_embeddings": 32_768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+
+
+def with_window(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The window counts only if it is switched on, and only in the layers from `max_window_layers` on."""
+    on = hf["use_sliding_window"] and hf["max_window_layers"] < hf["num_hidden_layers"]
+    return {**hf, "sliding_window": hf["sliding_window"] if on else None}
+
+
+def qwen2(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> DecoderConfig:
+    return decoder(with_window(QWEN | dict(hf)), qkv_bias=True)
+
+
+def qwen3(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> DecoderConfig:
+    hf = with_window(QWEN | {"head_dim": 128, "attention_bias": False} | dict(hf))
+    return decoder(hf, qk_norm=True, qkv_bias=hf["attention_bias"], out_bias=hf["attention_bias"])
+
+
+def their_qwen2(cfg: DecoderConfig, ids: Ids) -> tuple[dict, dict]:
+    return their_decoder(cfg, ids, "qwen2") | {"use_sliding_window": False}, {}
+
+
+def their_qwen3(cfg: DecoderConfig, ids: Ids) -> tuple[dict, dict]:
+    return their_decoder(cfg, ids, "qwen3") | {"use_sliding_window": False, "attention_bias": cfg.qkv_bias}, {}
+
+
+QWEN2 = causal_lm("qwen2", "Qwen2ForCausalLM", qwen2, their_qwen2)
+QWEN3 = causal_lm("qwen3", "Qwen3ForCausalLM", qwen3, their_qwen3)
