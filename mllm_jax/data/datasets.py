@@ -1,0 +1,76 @@
+"""The named data sets of the cookbook: format, where their files lie under the data root, and where to get them."""
+
+from collections.abc import Mapping
+from dataclasses import field
+
+from mllm_jax.config import config
+
+
+@config
+class Dataset:
+    format: str                         # a key of `sources.FORMATS`
+    path: str = ""                      # relative to the data root; "" if it cannot be had
+    options: Mapping[str, str] = field(default_factory=dict)    # of the format; `images` is relative to the root too
+    needs: tuple[str, ...] = ()         # what else must be there
+    records: int = 0                    # published number; 0: unknown
+    url: str = ""
+    licence: str = ""
+
+
+DATASETS = {
+    "shapes": Dataset(format="shapes", records=4096, licence="Apache-2.0"),
+    "digits_train": Dataset(format="digits", options={"split": "train"}, records=100_000, licence="CC-BY-4.0 (UCI)"),
+    "digits_test": Dataset(format="digits", options={"split": "test", "questions": "1"}, records=100_000, licence="CC-BY-4.0 (UCI)"),
+    # LLaVA and LLaVA-1.5: the files lie as the authors' scripts expect them. Their code moves images to the front.
+    "llava_lcs_558k": Dataset(
+        format="llava",
+        path="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+        options={"images": "LLaVA-Pretrain/images", "placement": "front"},
+        records=558_128,
+        url="https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
+        licence="those of LAION, CC-3M, SBU and BLIP",
+    ),
+    "llava_cc3m_595k": Dataset(
+        format="llava",
+        path="LLaVA-CC3M-Pretrain-595K/chat.json",
+        options={"images": "LLaVA-CC3M-Pretrain-595K/images", "placement": "front"},
+        records=595_375,
+        url="https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
+        licence="that of CC-3M",
+    ),
+    "llava_instruct_158k": Dataset(
+        format="llava",
+        path="LLaVA-Instruct-150K/llava_instruct_150k.json",
+        options={"images": "coco/train2017", "placement": "front"},
+        records=157_712,
+        url="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+        licence="CC-BY-4.0, and the terms of OpenAI",
+    ),
+    "llava_mix_665k": Dataset(
+        format="llava",
+        path="LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
+        options={"images": ".", "placement": "front"},
+        needs=("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2"),
+        records=665_298,
+        url="https://github.com/haotian-liu/LLaVA#visual-instruction-tuning",
+        licence="CC-BY-4.0, the terms of OpenAI, and those of COCO, GQA, OCR-VQA, TextVQA and Visual Genome",
+    ),
+    # Pairs for contrastive training, as img2dataset writes them.
+    "datacomp_1b": Dataset(
+        format="webdataset",
+        path="datacomp_1b/shards",
+        records=1_387_173_656,
+        url="https://github.com/mlfoundations/datacomp",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
+    "laion_400m": Dataset(
+        format="webdataset",
+        path="laion_400m",
+        records=413_871_335,
+        url="https://github.com/rom1504/img2dataset/blob/main/dataset_examples/laion400m.md",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
+    # What the papers used and nobody else can have: named so that a recipe can say so.
+    "wit_400m": Dataset(format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"),
+    "webli": Dataset(format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"),
+}
