@@ -167,7 +167,8 @@ def blob(id: str, kind: str, ref: Any, root: Path | None) -> Blob:
         out = io.BytesIO()
         ref.save(out, "PNG")
         return Blob(kind=kind, data=out.getvalue())
-    raise BadExample(id, "malformed", f"{str(ref)[:40]!r} ({type(ref).__name__}) is no {kind}: a path, bytes or a data: URI")
+    found = f"{str(ref)[:40]!r} ({type(ref).__name__})"
+    raise BadExample(id, "malformed", f"{found} is no {kind}; write a path, bytes or a data: URI")
 
 
 def _turns(id: str, raw: Mapping, media: _Media, placeholders: str) -> tuple[Turn, ...]:
@@ -267,8 +268,9 @@ def _front(turn: Turn) -> Turn:
 def _continuation(id: str, raw: Any, media: _Media) -> tuple[Turn, ...]:
     if raw is None:
         return ()
-    messages = [{"role": "assistant", "content": raw}] if isinstance(raw, str) else [raw] if isinstance(raw, Mapping) else raw
-    return tuple(_turn(id, message, media) for message in messages)
+    if isinstance(raw, str):
+        raw = {"role": "assistant", "content": raw}
+    return tuple(_turn(id, message, media) for message in ([raw] if isinstance(raw, Mapping) else raw))
 
 
 def _merge(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -316,4 +318,5 @@ def _extra(raw: Mapping) -> dict[str, Any]:
 def _plain(value: Any) -> bool:
     if isinstance(value, (str, int, float)):
         return len(str(value)) <= EXTRA_BYTES
-    return isinstance(value, list) and len(value) <= 256 and all(isinstance(v, (str, int, float)) and _plain(v) for v in value)
+    flat = isinstance(value, list) and all(isinstance(v, (str, int, float)) for v in value)
+    return flat and sum(len(str(v)) for v in value) <= EXTRA_BYTES

@@ -71,6 +71,10 @@ DATASETS = {
         licence="CC-BY-4.0 for the index; the images are their owners'",
     ),
     # What the papers used and nobody else can have: named so that a recipe can say so.
-    "wit_400m": Dataset(format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"),
-    "webli": Dataset(format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"),
+    "wit_400m": Dataset(
+        format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"
+    ),
+    "webli": Dataset(
+        format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"
+    ),
 }

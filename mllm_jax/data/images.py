@@ -103,8 +103,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except Exception as error:          # a header cut short raises whatever the plugin met first
         raise BadExample("", "decode", f"the header of {len(data)} bytes cannot be read: {error}") from error
     if image.width * image.height > max_pixels:
-        detail = f"{image.width}x{image.height} is {image.width * image.height} pixels; at most {max_pixels} are decoded"
-        raise BadExample("", "bomb", detail)
+        pixels = f"{image.width}x{image.height} is {image.width * image.height} pixels"
+        raise BadExample("", "bomb", f"{pixels}; at most {max_pixels} are decoded")
     if min(image.size) < MIN_SIDE:
         raise BadExample("", "tiny", f"{image.width}x{image.height} pixels; each side must have {MIN_SIDE}")
     return image
@@ -148,6 +148,5 @@ def _ends(data: bytes) -> bool:
 
 def _cv2_decode(data: bytes, shrink: float) -> np.ndarray | None:
     # OpenCV calls "reduced greyscale" what is a scale alone; with the colour flag the pixels are RGB.
-    scales = (8, cv2.IMREAD_REDUCED_GRAYSCALE_8), (4, cv2.IMREAD_REDUCED_GRAYSCALE_4), (2, cv2.IMREAD_REDUCED_GRAYSCALE_2)
-    scale = next((flag for factor, flag in scales if shrink >= factor), 0)
+    scale = next((getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{n}") for n in (8, 4, 2) if shrink >= n), 0)
     return cv2.imdecode(np.frombuffer(data, np.uint8), IMREAD_COLOR_RGB | IMREAD_IGNORE_ORIENTATION | scale)

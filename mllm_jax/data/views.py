@@ -27,13 +27,16 @@ class View:
 
     def __post_init__(self):
         if self.resample not in RESAMPLE:
-            raise ConfigError(f"resample={self.resample!r} is not a filter; nearest: {nearest(self.resample, RESAMPLE)}")
+            close = nearest(self.resample, RESAMPLE)
+            raise ConfigError(f"resample={self.resample!r} is not a filter; nearest: {close}")
 
     def grid(self, height: int, width: int, patch: int) -> tuple[int, int, int]:
         """(1, rows, columns) of patches that an image of this size is cut into; here the same for all."""
         return 1, self.size // patch, self.size // patch
 
-    def __call__(self, data: bytes, patch: int, *, exact: bool, change: Change | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, data: bytes, patch: int, *, exact: bool, change: Change | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(values u8[p patch*patch*3], coords i32[p 3]) of an encoded image; see `cut` for the order."""
         return cut(self.pixels(data, exact=exact, change=change), patch)
 
@@ -137,4 +140,5 @@ def cut(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
 def join(values: np.ndarray, coords: np.ndarray, patch: int) -> np.ndarray:
     """u8[rows*patch columns*patch 3]: the image that `cut` made into patches, for previews."""
     rows, columns = coords[:, 1].max() + 1, coords[:, 2].max() + 1
-    return values.reshape(rows, columns, patch, patch, 3).transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
+    image = values.reshape(rows, columns, patch, patch, 3).transpose(0, 2, 1, 3, 4)
+    return image.reshape(rows * patch, columns * patch, 3)

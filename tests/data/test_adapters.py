@@ -58,7 +58,8 @@ def test_counts_of_placeholders_and_media_must_agree():
 
 
 def test_html_tags_in_text_are_text():
-    assert read(ask("What does <video> do in <audio>?", "Play")).turns[0].parts == (text("What does <video> do in <audio>?"),)
+    asked = "What does <video> do in <audio>?"
+    assert read(ask(asked, "Play")).turns[0].parts == (text(asked),)
     example = read(ask("<video>\nWhat?", "A cat", video="v.mp4"))
     assert example.media == (Blob(kind="video", path="v.mp4"),)
     assert example.turns[0].parts == (Part(kind="video", media=0), text("\nWhat?"))
@@ -97,12 +98,14 @@ def test_roles():
     messages = lambda *roles: {"messages": [{"role": role, "content": role} for role in roles]}
     roles = lambda *given: [turn.role for turn in read(messages(*given)).turns]
     assert roles("developer", "human", "model") == ["system", "user", "assistant"]
-    assert roles("user", "function_call", "observation", "tool", "assistant") == ["user", "assistant", "tool", "tool", "assistant"]
+    called = roles("user", "function_call", "observation", "tool", "assistant")
+    assert called == ["user", "assistant", "tool", "tool", "assistant"]
     assert roles("assistant", "user", "assistant") == ["user", "assistant"]       # a leading answer is dropped
     assert roles("user") == ["user"]                                              # a prompt to be answered
-    for wrong in (("user", "user"), ("user", "assistant", "assistant"), ("user", "system"), ("assistant",), ("narrator",)):
-        assert reason(messages(*wrong)) == "roles", wrong
-    assert read({"system": "Be kind.", **messages("user", "assistant")}).turns[0] == Turn(role="system", parts=(text("Be kind."),))
+    for wrong in ("user user", "user assistant assistant", "user system", "assistant", "narrator"):
+        assert reason(messages(*wrong.split())) == "roles", wrong
+    kind = read({"system": "Be kind.", **messages("user", "assistant")})
+    assert kind.turns[0] == Turn(role="system", parts=(text("Be kind."),))
 
 
 def test_weights_of_turns():
@@ -118,7 +121,8 @@ def test_columns_of_questions_put_images_first():
     assert example.turns[1].parts == (text("2"),)
     assert [t.role for t in read({"question": "Why?", "answer": None}).turns] == ["user"]
     assert read({"instruction": "Add", "input": "1 2", "output": "3"}).turns[0].parts == (text("Add\n1 2"),)
-    cauldron = read({"images": [b"x"], "texts": [{"user": "a", "assistant": "b", "source": "q"}, {"user": "c", "assistant": "d"}]})
+    texts = [{"user": "a", "assistant": "b", "source": "q"}, {"user": "c", "assistant": "d"}]
+    cauldron = read({"images": [b"x"], "texts": texts})
     assert [p for t in cauldron.turns for p in t.parts] == [image(0), *map(text, "abcd")]
     vqa = read({"question": "?", "answers": [{"answer": "x", "answer_id": 1}, {"answer": "y", "answer_id": 2}]})
     assert vqa.answers == ("x", "y")
@@ -127,8 +131,8 @@ def test_columns_of_questions_put_images_first():
 def test_captions_and_preferences():
     assert read({"image": b"x", "caption": "a cat"}).captions == ("a cat",)
     assert read({"image": b"x", "captions": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}]}).captions == ("a", "b")
-    pair = {"prompt": "Name it <image>", "images": ["a.png"], "chosen": "Rex", "rejected": [{"role": "assistant", "content": "Bob"}]}
-    example = read(pair)
+    worse = [{"role": "assistant", "content": "Bob"}]
+    example = read({"prompt": "Name it <image>", "images": ["a.png"], "chosen": "Rex", "rejected": worse})
     assert example.turns == (Turn(role="user", parts=(text("Name it "), image(0))),)
     assert example.chosen == (Turn(role="assistant", parts=(text("Rex"),)),)
     assert example.rejected == (Turn(role="assistant", parts=(text("Bob"),)),)

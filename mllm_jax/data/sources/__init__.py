@@ -123,4 +123,5 @@ def _require(path: Path, name: str, root: Path, url: str) -> None:
 
 
 def _missing(name: str, path: str, root: Path, url: str) -> str:
-    return f"data set {name} needs {path}, which is not there; the data root is {root.resolve()}" + (f"; get it from {url}" if url else "")
+    address = f"; get it from {url}" if url else ""
+    return f"data set {name} needs {path}, which is not there; the data root is {root.resolve()}{address}"

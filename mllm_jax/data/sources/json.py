@@ -28,7 +28,13 @@ class Json:
     """
 
     def __init__(
-        self, path: Path, *, name: str, images: Path | None = None, placement: str = "keep", placeholders: str = "strict"
+        self,
+        path: Path,
+        *,
+        name: str,
+        images: Path | None = None,
+        placement: str = "keep",
+        placeholders: str = "strict",
     ):
         self.path, self.name, self.images = path, name, images or path.parent
         self.options = {"placement": placement, "placeholders": placeholders}
@@ -137,6 +143,7 @@ def _elements(path: Path) -> Iterator[tuple[int, int]]:
             except json.JSONDecodeError as error:
                 more = file.read(size)
                 if not more:
-                    raise ConfigError(f"{path} breaks off or is not JSON at byte {base + error.pos}: {error.msg}") from error
+                    place = f"byte {base + error.pos}: {error.msg}"
+                    raise ConfigError(f"{path} breaks off or is not JSON at {place}") from error
                 text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
                 size *= 2               # so that a mistake in a large file is found in linear time

@@ -71,7 +71,9 @@ class Shapes:
         return out.getvalue()
 
 
-def _question(cells: list[int], shapes: list[str], colours: list[str], rng: np.random.Generator) -> tuple[str, str, str]:
+def _question(
+    cells: list[int], shapes: list[str], colours: list[str], rng: np.random.Generator
+) -> tuple[str, str, str]:
     """(kind, question, answer) about one of the shapes, or about their number."""
     i = rng.integers(len(shapes))
     return (

@@ -29,7 +29,8 @@ def cut_range(text: str, count: int, whole: str = "") -> range:
     """
     match = re.fullmatch(r"(-?\d+)?(%)?(:)?(-?\d+)?(%)?", text)
     if not match or (text and not match[3]) or (match[2] and not match[1]) or (match[5] and not match[4]):
-        raise ConfigError(f"{whole or text!r} is not a part of a source; write begin:end, in records or percent (10:15, :5%)")
+        hint = "write begin:end, in records or percent (10:15, :5%)"
+        raise ConfigError(f"{whole or text!r} is not a part of a source; {hint}")
     place = lambda number, percent: int(number) if not percent else round(count * int(number) / 100)
     begin = place(match[1], match[2]) if match[1] else None
     end = place(match[4], match[5]) if match[4] else None

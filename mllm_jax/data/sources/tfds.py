@@ -21,7 +21,7 @@ from mllm_jax.types import Example
 class Tfds:
     """Records of one or more splits of a prepared data set as Examples; see `adapters.parse` for the features read.
 
-    A `label` becomes the answer, by its name.
+    A `label` becomes the answer, by its name, and the caption where there is no other text.
     """
 
     def __init__(self, path: Path, *, name: str = "", split: str = "train", rename: str = ""):
@@ -36,7 +36,8 @@ class Tfds:
         try:
             builder = tfds.builder_from_directory(path)
         except ImportError as error:    # an audio or video feature
-            raise ConfigError(f"{path} has features that need TensorFlow: {error}; convert it where that is installed") from error
+            detail = f"{path} has features that need TensorFlow: {error}"
+            raise ConfigError(f"{detail}; convert it where that is installed") from error
         self.name = name or builder.info.full_name
         self.features = builder.info.features
         encoded = _decoders(self.features, tfds.features.Image)
@@ -48,8 +49,8 @@ class Tfds:
             try:
                 rows = builder.as_data_source(split=base, decoders=encoded)
             except NotImplementedError as error:
-                format = builder.info.file_format.value
-                raise ConfigError(f"{path} is stored as {format}, which has no random access: prepare it as array_record") from error
+                detail = f"{path} is stored as {builder.info.file_format.value}, which has no random access"
+                raise ConfigError(f"{detail}; prepare it as array_record") from error
             self.parts.append((base, rows, cut_range(inside.removesuffix("]"), len(rows), piece)))
         self.ends = np.cumsum([len(rows) for _, _, rows in self.parts])
 
@@ -71,7 +72,8 @@ class Tfds:
         raw = {self.rename.get(key, key): value for key, value in _plain(rows[row], self.features).items()}
         if isinstance(raw.get("label"), str):
             raw.setdefault("answers", [raw.pop("label")])
-            raw.setdefault("caption", raw["answers"][0])
+            if not any(raw.get(key) for key in ("caption", "captions", "text", "question")):
+                raw["caption"] = raw["answers"][0]
         id = f"{self.name}/{split}/{row}" + (f"/{raw['id']}" if raw.get("id") is not None else "")
         return parse(raw, id=id, source=self.name)
 

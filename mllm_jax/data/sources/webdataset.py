@@ -19,13 +19,16 @@ from mllm_jax.data.errors import BadExample
 from mllm_jax.data.sources.files import files
 from mllm_jax.types import Example
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-OTHERS = {"mp4": "video", "webm": "video", "mkv": "video", "wav": "audio", "flac": "audio", "mp3": "audio", "ogg": "audio"}
-KINDS = dict.fromkeys(IMAGES, "image") | OTHERS
+KINDS = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"), "image"),
+    **dict.fromkeys(("mp4", "webm", "mkv"), "video"),
+    **dict.fromkeys(("wav", "flac", "mp3", "ogg"), "audio"),
+}
 UNUSED = ("key", "status", "error_message", "caption", "text", "exif", "images", "videos", "audios")
 REMEMBER = 1 << 24                      # bytes of a shard from which its index is kept beside it
 
-Index = dict[str, np.ndarray]           # keys S[n], starts i64[n+1] into: extensions S[m], places i64[m 2] (position, size)
+# Of one shard: keys S[n]; starts i64[n+1] of their members in: extensions S[m], places i64[m 2] (position, size).
+Index = dict[str, np.ndarray]
 
 
 class WebDataset:

@@ -96,7 +96,8 @@ def openai_jsonl(folder: Path) -> str:
                 parts.append({"type": "image_url", "image_url": {"url": url}})
             if text:
                 parts.append({"type": "text", "text": text})
-        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        reply = [{"type": "text", "text": answer}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": reply}]
         lines.append(json.dumps({"messages": messages}))
     (folder / "parts.jsonl").write_text("\n".join(lines))
     return "messages:parts.jsonl"
@@ -153,7 +154,7 @@ def tfds_builder(folder: Path, file_format: str) -> str:
     with tfds.core.registered.skip_registration():      # one name, prepared twice
 
         class Chat(tfds.core.GeneratorBasedBuilder):
-            code_path = None                # TFDS would look for checksums beside this file, with a package it does not require
+            code_path = None            # TFDS would look for checksums here, with a package it does not require
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
@@ -202,4 +203,6 @@ def python(folder: Path) -> str:
     return f"python:{__name__}:rows"
 
 
-FORMATS = [llava_json, messages_jsonl, openai_jsonl, tars, parquet, array_record, tfds_array_record, tfds_parquet, python]
+FORMATS = [
+    llava_json, messages_jsonl, openai_jsonl, tars, parquet, array_record, tfds_array_record, tfds_parquet, python
+]  # fmt: skip

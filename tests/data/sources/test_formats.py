@@ -111,7 +111,8 @@ def test_pairs_as_img2dataset_writes_them(tmp_path):
 
 
 def test_names_are_split_where_asked(tmp_path):
-    shard(tmp_path / "a.tar", ("x/img.v2.PNG", png(0)), ("x/img.v2.txt", b"two"), ("y.left.png", png(1)), ("y.txt", b"y"))
+    two = ("x/img.v2.PNG", png(0)), ("x/img.v2.txt", b"two")
+    shard(tmp_path / "a.tar", *two, ("y.left.png", png(1)), ("y.txt", b"y"))
     source = open_source("webdataset:a.tar", tmp_path)
     assert len(source) == 3 and source[0].id == "a/a/x/img.v2" and source[0].captions == ("two",)
     first = open_source("webdataset:a.tar?key=first", tmp_path)
@@ -192,10 +193,11 @@ def test_tfds_splits_are_cut_exactly_and_tensorflow_stays_out(tmp_path, file_for
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
+                caption = {"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
                 features = {
                     "image": tfds.features.Image(),
                     "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-                    "captions": tfds.features.Sequence({"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}),
+                    "captions": tfds.features.Sequence(caption),
                     "n": tfds.features.Scalar(np.int64),
                 }
                 return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -225,6 +227,7 @@ def test_tfds_splits_are_cut_exactly_and_tensorflow_stays_out(tmp_path, file_for
         assert example.captions == (tuple(f"{n}-{j}" for j in range(n % 3)) or example.answers)
     with pytest.raises(ConfigError, match="has no split 'trian'; nearest: train"):
         opened("trian")
-    code = "import sys; from mllm_jax.data.sources import open_source; open_source(*sys.argv[1:])[0]; print('tensorflow' in sys.modules)"
+    code = "import sys; from mllm_jax.data.sources import open_source; open_source(*sys.argv[1:])[0]\n"
+    code += "print('tensorflow' in sys.modules)"
     command = [sys.executable, "-c", code, "tfds:labelled/1.0.0", str(tmp_path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -100,7 +100,8 @@ def test_unknown_names_formats_and_options_name_the_nearest():
 
 
 def test_missing_files_are_named_with_their_place_and_address(tmp_path):
-    with pytest.raises(ConfigError, match=r"llava_lcs_558k needs \S*LLaVA-Pretrain/images.* https://huggingface.co") as error:
+    message = r"llava_lcs_558k needs \S*LLaVA-Pretrain/images.* https://huggingface.co"
+    with pytest.raises(ConfigError, match=message) as error:
         open_source("llava_lcs_558k", tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="llava_mix_665k needs .*coco/train2017, which is not there"):
