@@ -1,0 +1,93 @@
+"""What several verbs share: their options, starting the machine, and opening a trained model."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.config import ConfigError
+
+LAYOUT_HELP = "how programs are laid out: auto, cpu-8, v5e-256, ...; v5e-8:microbatches=4 changes fields"
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", default="auto", metavar="NAME", help=LAYOUT_HELP)
+
+
+def add_data_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: data)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run (runs/first-digits) or a Hugging Face folder")
+
+
+def start(args: argparse.Namespace, platform: str | None = None) -> tuple[Any, Any]:
+    """(the runtime, the layout) of this process; nothing may have imported jax before."""
+    from mllm_jax.launch import runtime
+
+    name = getattr(args, "layout", "auto")
+    pretended = re.match(r"cpu-(\d+)", name)
+    running = runtime.start("cpu" if pretended else platform, verbose=args.verbose, cpu_devices=int(pretended[1]) if pretended else 1)
+
+    import jax
+
+    from mllm_jax.launch import layouts
+
+    return running, layouts.find(name, jax.default_backend())
+
+
+def load_recipe(name: str, overrides: list[str] = (), *, tiny: bool = False) -> Any:
+    """The recipe, small if asked for, and then changed: an override is the last word."""
+    from mllm_jax import config
+
+    recipe = config.load(name)
+    recipe = recipe.tiny() if tiny else recipe
+    for assignment in overrides:
+        recipe = config.override(recipe, assignment)
+    return recipe
+
+
+def run_name(recipe: str, *, tiny: bool) -> str:
+    """`projector/llava_15:size=13b` -> `projector-llava_15-size-13b`, the folder of a run."""
+    name = recipe.removeprefix("configs/").removesuffix(".py")
+    return re.sub(r"[/:=,]", "-", name) + ("-tiny" if tiny else "")
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "recipe.json").exists()
+
+
+def open_model(source: str) -> tuple[Any, Any, dict, Any]:
+    """(recipe or None, model config, parameters, tokenizer) of a run folder or of a Hugging Face folder or name.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    folder = Path(source)
+    if is_run(folder):
+        from mllm_jax.train.checkpoint import restore_params
+
+        return restore_params(folder)
+    if not source.startswith("hf://") and not (folder / "config.json").exists():
+        what = "holds neither recipe.json (a run) nor config.json (a Hugging Face folder)" if folder.is_dir() else "is not a folder"
+        raise ConfigError(f"{source!r} {what}; give a run such as runs/first-digits, an exported folder, or hf://org/name")
+
+    from mllm_jax.data.tokenizer import load_tokenizer
+    from mllm_jax.hf.hub import folder_of
+    from mllm_jax.hf.load import load
+
+    folder = folder_of(source)
+    cfg, params = load(folder)
+    return None, cfg, params, load_tokenizer(str(folder))
+
+
+def template_of(recipe: Any) -> str:
+    """The chat format that a recipe's last chatting stage was trained in; of a Hugging Face folder the tokenizer's own."""
+    if recipe is None:
+        return "tokenizer"
+
+    from mllm_jax.data.templates import PAIRS
+
+    chats = [s.data.template for s in recipe.stages.values() if s.data.template not in PAIRS]
+    return chats[-1] if chats else "plain"

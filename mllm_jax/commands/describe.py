@@ -1,0 +1,311 @@
+"""`mllm-jax describe`: one system from top to bottom, with the shapes of one stage.
+
+Everything is asked of the recipe and of the model, which is traced and never built: a 13B model takes
+a few seconds and no memory.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.commands import common
+
+HELP = """Print a recipe's straight line: every shape from the disk to the loss, sizes, and the files to read.
+
+examples:
+  mllm-jax describe first/digits
+  mllm-jax describe projector/llava_15:size=13b --stage align
+  mllm-jax describe contrastive/siglip stages.contrastive.data.batch_size=1024
+"""
+
+# The host's part of the line, the same for every recipe; what a recipe chooses stands between.
+HOST = ("types", "data.datasets", "data.templates", "data.tokenize", "data.pack", "data.loader", "train.feed")
+DEVICE = ("train.state", "train.step", "train.optimizer", "train.loop")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="chapter/system, with knobs after a colon")
+    parser.add_argument("overrides", nargs="*", metavar="path.to.field=value", help="changes of single fields")
+    parser.add_argument("--stage", metavar="NAME", help="whose shapes (default: the last stage)")
+    parser.add_argument("--tiny", action="store_true", help="of the small version")
+
+
+def run(args: argparse.Namespace) -> int:
+    common.start(args, platform="cpu")
+    recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+    print("\n".join(describe(args.recipe, recipe, args.stage)))
+    return 0
+
+
+def describe(name: str, recipe: Any, stage: str | None = None) -> Iterator[str]:
+    """The lines of the page.
+
+    Raises:
+      ConfigError: no such stage.
+    """
+    from mllm_jax.config import ConfigError, nearest
+
+    stage = stage or list(recipe.stages)[-1]
+    if stage not in recipe.stages:
+        raise ConfigError(f"{name} has no stage {stage!r}; nearest: {nearest(stage, recipe.stages)}")
+    stages = {s: Planned(recipe, s) for s in recipe.stages}
+    total = max(p.total for p in stages.values())
+    yield f"{name} ({recipe.paper}): {number(total)} parameters, stages: {', '.join(recipe.stages)}"
+    yield ""
+    yield f"The straight line, in stage {stage}"
+    yield ""
+    yield from table(line(recipe, stages[stage]), indent=" ")
+    yield ""
+    yield "Parameters: all, and those that train in each stage"
+    yield ""
+    yield from table(parameters(stages), indent=" ", right=range(1, 2 + len(stages)))
+    yield ""
+    yield "Work and memory of a step, when every row is full and every position is trained"
+    yield ""
+    yield from table(work(stages), indent=" ", right=range(1, 1 + len(stages)))
+    yield ""
+    yield "Read, in this order"
+    yield ""
+    yield from table(files(name, recipe, stages[stage]), indent=" ", right=(0,))
+
+
+class Planned:
+    """A stage's model, traced: shapes of parameters, of what flows, and of the optimizer's state."""
+
+    def __init__(self, recipe: Any, name: str):
+        import jax
+
+        from mllm_jax.sharding import Layout
+        from mllm_jax.train.flops import Counts, step_flops
+        from mllm_jax.train.optimizer import build
+        from mllm_jax.train.state import Blueprint, trained_paths
+
+        self.stage = stage = recipe.stages[name]
+        self.model = stage.model or recipe.model
+        layout = Layout()
+        self.blueprint = Blueprint(self.model, layout, layout.make_mesh(jax.devices()[:1]))
+        self.sizes = {k: math.prod(v.shape) for k, v in self.blueprint.shapes.items()}
+        self.total = sum(self.sizes.values())
+        self.trained = trained_paths(self.sizes, stage.train)
+        ours = {k: v for k, v in self.blueprint.shapes.items() if k in self.trained}
+        state = jax.eval_shape(build(stage.optimizer, stage.steps, ours).init, ours)
+        self.state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        self.state_bytes += 4 * self.trained_size if stage.ema is not None else 0
+        self.rows, self.seq = stage.data.batch_size, stage.data.seq_len
+        self.items = {m: stage.data.items.get(m, 1) for m in self.towers}
+        self.tokens = {m: math.prod(t.num_tokens(grid_of(t))) for m, t in self.towers.items()}
+        n = self.rows * self.seq
+        self.flops = step_flops(self.model, self.trained, Counts(
+            rows=self.rows, tokens=n, squares=n * self.seq, trained=n,
+            items={m: k * self.rows for m, k in self.items.items()}))
+
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        return self.model.inputs
+
+    @property
+    def trained_size(self) -> int:
+        return sum(self.sizes[k] for k in self.trained)
+
+    def parts(self) -> dict[str, list[str]]:
+        """{part of the model: paths of its parameters}, in the model's own order."""
+        out: dict[str, list[str]] = {}
+        for path in self.sizes:
+            first, *rest = path.split("/")
+            depth = 3 if first == "inputs" and rest[1:2] and rest[1] in ("encoder", "connector") else 2
+            part = "/".join(path.split("/")[:depth]) if first in ("inputs", "project") else first
+            out.setdefault(part, []).append(path)
+        order = ["inputs", "decoder", "text", "project"]
+        place = lambda part: order.index(first) if (first := part.split("/")[0]) in order else len(order)
+        return dict(sorted(out.items(), key=lambda kv: (place(kv[0]), kv[0].endswith("/connector"))))
+
+
+def grid_of(tower: Any) -> tuple[int, int, int]:
+    """The patches of a photograph of 640x480 pixels in this tower's view."""
+    return tower.view.grid(480, 640, tower.patch)
+
+
+def batch_of(p: Planned) -> Any:
+    """A batch of the stage: shapes, and no data."""
+    import jax
+    import jax.numpy as jnp
+
+    from mllm_jax.types import Batch, Media
+
+    b, s = p.rows, p.seq
+    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    media = {}
+    for m, tower in p.towers.items():
+        patches, i = math.prod(grid_of(tower)), p.items[m]
+        values = jax.ShapeDtypeStruct((b, i, patches, tower.encoder.patch_dim), jnp.uint8)
+        media[m] = Media(values=values, coords=i32(b, i, patches, 3), mask=jax.ShapeDtypeStruct((b, i), jnp.bool_), slot=i32(b, s))
+    return Batch(tokens=i32(b, s), targets=i32(b, s), weights=jax.ShapeDtypeStruct((b, s), jnp.float32), segments=i32(b, s),
+                 positions=i32(b, s, 3), kinds=i32(b, s), media=media)
+
+
+def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
+    """(where, step, shape, what it is), from the file to the update."""
+    import jax
+
+    from mllm_jax.nn.param import merge
+    from mllm_jax.sharding import Layout, use
+
+    stage, batch = p.stage, batch_of(p)
+    shape = lambda x, letter="f": f"{letter}[{' '.join(map(str, x.shape))}]"
+    weights = ", ".join(f"{k} {v:g}" for k, v in stage.data.sources.items())
+    yield "host", "source", "", weights
+    for m, tower in p.towers.items():
+        t, rows, columns = grid_of(tower)
+        grid = f"{rows} x {columns} patches of {tower.patch} x {tower.patch}" + (f", {t} times" if t > 1 else "")
+        yield "", f"view of {m}", f"u8[{t * rows * columns} {tower.encoder.patch_dim}]", f"{tower.view}: {grid}"
+    yield "", "encode", f"i32[up to {p.seq}]", f"template {stage.data.template}, tokenizer {recipe.tokenizer}" + "".join(
+        f"; {n} tokens for each {m}" for m, n in p.tokens.items() if n)
+    room = ", ".join(f"{n} {m}{'s' * (n > 1)}" for m, n in p.items.items())
+    packs = "several examples a row" if stage.data.pack else "one example a row"
+    yield "", "pack", shape(batch.tokens, "i32"), f"{packs}, room for {room or 'no media'} in each"
+
+    model = lambda f: lambda params, batch: f(merge(p.blueprint.graph, params), batch)
+    with use(Layout()):
+        trace = lambda f: jax.eval_shape(model(f), p.blueprint.shapes, batch)
+        out = trace(lambda model, batch: model(batch))
+        where = "device"
+        if hasattr(p.model, "decoder"):
+            x = trace(lambda model, batch: model.decoder.embed(batch.tokens))
+            yield where, "embed", shape(x), f"{p.model.decoder.vocab} tokens; the places of media hold any id"
+            where = ""
+        for m, tower in p.towers.items():
+            if tower.route == "pool":
+                vector = trace(lambda model, batch, m=m: model.inputs[m].embed(batch.media[m]))
+                yield where, tower_name(tower), shape(vector), f"{tower.encoder.depth} layers, pooled by {tower.encoder.pool}"
+            else:
+                f = trace(lambda model, batch, m=m: model.inputs[m].encoder(batch.media[m])).tokens
+                yield where, tower_name(tower), shape(f), f"{tower.encoder.run_depth} of {tower.encoder.depth} layers run"
+                f = trace(lambda model, batch, m=m: model.inputs[m](batch.media[m])).tokens
+                yield "", type(tower.connector).__name__.removesuffix("Config"), shape(f), "connector, to the width of the decoder"
+            where = ""
+        if hasattr(p.model, "decoder"):
+            if p.towers:
+                yield "", "splice", shape(x), "by slot, where slot >= 0"
+            d = p.model.decoder
+            yield "", "decoder", shape(out.hidden), f"{d.depth} layers; sees {'earlier positions' if d.causal else 'all'} of its segment"
+        else:
+            text = trace(lambda model, batch: model.text(model.text.embed(batch.tokens), batch)[0])
+            yield "", "text tower", shape(text), f"{p.model.text.depth} layers; the vector is that of the last position"
+            for m, e in out.embeds.items():
+                yield "", f"project {m}", shape(e), "unit vectors"
+        for name, objective in stage.objectives.items():
+            if objective.whole:
+                what = f"{p.rows} x {p.rows} similarities; every other row is a negative"
+            else:
+                what = f"over {out.unembed.shape[1]} tokens, only where trained, a chunk of positions at a time"
+            yield "", type(objective).__name__, "total, count", f"{name}/loss: {what}"
+    trained = {k: v for k, v in p.blueprint.shapes.items() if k in p.trained}
+    yield "", type(stage.optimizer).__name__, f"{len(trained)} arrays", f"train_step: lr {stage.optimizer.lr:g}, {stage.steps} steps"
+    yield "host", "log", "", ", ".join(f"{n}/loss = total / count" for n in stage.objectives)
+
+
+def tower_name(tower: Any) -> str:
+    return type(tower.encoder).__name__.removesuffix("Config")
+
+
+def parameters(stages: Mapping[str, Planned]) -> Iterator[tuple[str, ...]]:
+    yield "", "all", *stages
+    last = list(stages.values())[-1]
+    parts = {part: None for p in stages.values() for part in p.parts()}
+    of = lambda p, part: p.parts().get(part, [])
+    for part in parts:
+        whole = max(sum(p.sizes[k] for k in of(p, part)) for p in stages.values())
+        trains = (sum(p.sizes[k] for k in of(p, part) if k in p.trained) for p in stages.values())
+        yield part, number(whole), *(number(n) if n else "-" for n in trains)
+    yield "total", number(last.total), *(number(p.trained_size) for p in stages.values())
+
+
+def work(stages: Mapping[str, Planned]) -> Iterator[tuple[str, ...]]:
+    from mllm_jax.train.log import short
+
+    each = lambda f: map(f, stages.values())
+    gib = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**27 else f"{n / 2**20:.1f} MiB"
+    yield "", *stages
+    yield "rows x positions", *each(lambda p: f"{p.rows} x {p.seq}")
+    for m in {m: None for p in stages.values() for m, n in p.tokens.items() if n}:
+        yield f"tokens of one {m}", *each(lambda p, m=m: str(p.tokens.get(m) or "-"))
+    yield "floating point operations", *each(lambda p: short(p.flops))
+    yield "of them for each position", *each(lambda p: short(p.flops / (p.rows * p.seq)))
+    yield "parameters in float32", *each(lambda p: gib(4 * p.total))
+    yield "gradients", *each(lambda p: gib(4 * p.trained_size))
+    yield "optimizer state", *each(lambda p: gib(p.state_bytes))
+
+
+def files(name: str, recipe: Any, p: Planned) -> Iterator[tuple[str, str]]:
+    """(lines, path) of the files that make this system, in the order of the line; each once."""
+    from mllm_jax import config
+
+    chapter = name.partition(":")[0].removeprefix("configs/").removesuffix(".py")
+    chosen = {kind: [] for kind in ("data", "encoders", "connectors", "decoders", "models", "objectives", "evaluation")}
+    for module in modules_of([p.model, p.stage]):
+        kind = module.split(".")[1]
+        if kind in chosen and module not in chosen[kind]:
+            chosen[kind].append(module)
+    layers = []
+    for module in (*chosen["encoders"], *chosen["decoders"], *chosen["models"]):
+        layers += [m for m in uses(module) if m.startswith("mllm_jax.nn.") and m not in layers]
+    host = [f"mllm_jax.{m}" for m in HOST]
+    order = ["mllm_jax.configs." + chapter.replace("/", "."), "mllm_jax.recipe", *host[:2], *chosen["data"], *host[2:],
+             *chosen["models"], *chosen["encoders"], *chosen["connectors"], *chosen["decoders"], *layers,
+             *chosen["objectives"], *(f"mllm_jax.{m}" for m in DEVICE), *chosen["evaluation"]]
+    root = Path(config.__file__).parents[1]
+    total = 0
+    for module in dict.fromkeys(order):
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            continue
+        path = Path(spec.origin)
+        lines = len(path.read_text().splitlines())
+        total += lines
+        yield str(lines), str(path.relative_to(root) if path.is_relative_to(root) else path)
+    yield str(total), "lines in all"
+
+
+def modules_of(nodes: list[Any]) -> Iterator[str]:
+    """The modules of ours whose configurations a value is made of."""
+    from mllm_jax.config import items
+
+    for node in nodes:
+        if inspect.isclass(node) or type(node).__module__ == "builtins" and items(node) is None:
+            continue
+        if type(node).__module__.startswith("mllm_jax."):
+            yield type(node).__module__
+        yield from modules_of(list((items(node) or {}).values()))
+
+
+def uses(module: str) -> Iterator[str]:
+    """The modules of ours that a module imports, directly or through those of nn/."""
+    seen: list[str] = []
+    todo = [module]
+    while todo:
+        for value in vars(importlib.import_module(todo.pop())).values():
+            found = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            if isinstance(found, str) and found.startswith("mllm_jax.nn.") and found not in seen:
+                seen.append(found)
+                todo.append(found)
+    yield from seen
+
+
+def number(n: int) -> str:
+    """712,345 · 21.0M · 7.06B."""
+    if n < 1e6:
+        return f"{n:,}"
+    return f"{n / 1e6:.1f}M" if n < 1e9 else f"{n / 1e9:.2f}B"
+
+
+def table(rows: Iterator[tuple[str, ...]], *, indent: str = "", right: Any = ()) -> Iterator[str]:
+    """Rows with aligned columns; those numbered in `right` end together, the last column is as wide as it likes."""
+    rows = list(rows)
+    widths = [max((len(r[i]) for r in rows if i < len(r)), default=0) for i in range(max(map(len, rows)))]
+    for r in rows:
+        yield (indent + "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))).rstrip()

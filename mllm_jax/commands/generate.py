@@ -1,0 +1,55 @@
+"""`mllm-jax generate`: what a model answers to one prompt with images."""
+
+import argparse
+from pathlib import Path
+
+from mllm_jax.commands import common
+
+HELP = """Answer a prompt about images.
+
+examples:
+  mllm-jax generate runs/first-digits --image scene.png --prompt "what is the sum of the digits?"
+  mllm-jax generate llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "What differs?" --temperature 0.2
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="stands before the prompt; may be repeated")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--template", metavar="NAME", help="chat format (default: that of the run, or the tokenizer's own)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the answer is at most so long (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: always the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens of probability P together")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    common.add_layout(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    for image in args.image:
+        if not image.is_file():
+            raise FileNotFoundError(2, "no such image", str(image))
+    running, layout = common.start(args)
+    recipe, cfg, params, tokenizer = common.open_model(args.model)
+
+    from mllm_jax.config import ConfigError
+    from mllm_jax.generate import Generator, Sampling
+    from mllm_jax.types import Blob, Example, Part, Turn
+
+    if not hasattr(cfg, "decoder"):
+        raise ConfigError(f"{args.model} is a {type(cfg).__name__} and does not write text; use `mllm-jax evaluate`")
+    if args.image and "image" not in cfg.inputs:
+        raise ConfigError(f"{args.model} takes no images; it has inputs for: {', '.join(cfg.inputs) or 'text alone'}")
+    asked = (*(Part(kind="image", media=i) for i in range(len(args.image))), Part(text=args.prompt))
+    system = (Turn(role="system", parts=(Part(text=args.system),)),) if args.system else ()
+    media = tuple(Blob(kind="image", data=image.read_bytes()) for image in args.image)
+    example = Example(id="prompt", turns=(*system, Turn(role="user", parts=asked)), media=media)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
+    template = args.template or common.template_of(recipe)
+    generator = Generator(cfg, params, tokenizer, layout=layout, template=template)
+    answer = generator([example], sampling, args.seed)[0]
+    if running.process == 0:
+        print(answer)
+    return 0

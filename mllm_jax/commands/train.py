@@ -1,0 +1,49 @@
+"""`mllm-jax train`: a recipe through all of its stages, then evaluation, samples, export and a report."""
+
+import argparse
+from pathlib import Path
+
+from mllm_jax.commands import common
+
+HELP = """Train a recipe: all stages, evaluation, samples, export and a report.
+
+A run that was stopped goes on where its last checkpoint is; --fresh starts it anew.
+
+examples:
+  mllm-jax train first/digits
+  mllm-jax train projector/llava_15 --tiny
+  mllm-jax train projector/llava_15:size=13b --layout v5e-256 --data-root /data
+  mllm-jax train first/digits --stages align,instruct stages.instruct.optimizer.lr=1e-4
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="chapter/system, with knobs after a colon: projector/llava_15:size=13b")
+    parser.add_argument("overrides", nargs="*", metavar="path.to.field=value", help="changes of single fields")
+    parser.add_argument("--tiny", action="store_true", help="the same system small, on data that is already here")
+    common.add_layout(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    common.add_data_root(parser)
+    parser.add_argument("--stages", metavar="A,B", help="only these stages; an earlier run has done the ones before")
+    parser.add_argument("--save-every", type=int, default=1_000, metavar="STEPS", help="steps between checkpoints (default: 1000)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where the last checkpoint is (the default)")
+    again.add_argument("--fresh", action="store_true", help="delete what an earlier run left in the folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = args.out or Path("runs") / common.run_name(args.recipe, tiny=args.tiny)
+    running, layout = common.start(args)
+    recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+
+    from mllm_jax.train.loop import RunOptions, train
+
+    stages = tuple(filter(None, args.stages.split(","))) if args.stages else None
+    train(recipe, RunOptions(
+        name=args.recipe, out=out, layout=layout, overrides=tuple(args.overrides), tiny=args.tiny, data_root=args.data_root,
+        stages=stages, fresh=args.fresh, save_every=args.save_every, verbose=args.verbose, stop=running.stop))
+    if running.process == 0:
+        for file, what in {"report.html": "report", "metrics.json": "metrics", "export": "Hugging Face folder"}.items():
+            if (out / file).exists():
+                print(f"{what}: {out / file}")
+    return 0
