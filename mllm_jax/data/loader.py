@@ -210,6 +210,8 @@ class _Batches(Iterator[Rows]):
 
     def close(self) -> None:
         self.entries.close()
+        # Let go while the interpreter is whole: Grain's iterators close themselves again when they are deleted.
+        self.entries = self.packer = None
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
