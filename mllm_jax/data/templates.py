@@ -134,11 +134,8 @@ class Template:
     @property
     def stops(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        stop = self.tokenizer.get_vocab().get(STOPS.get(self.name, ""))
-        if self.name in STOPS and stop is None:
-            ids = self._backends[0].encode(STOPS[self.name], add_special_tokens=False).ids
-            stop = ids[0] if len(ids) == 1 else None
-        return tuple(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, stop) if i is not None))
+        ids = self._backends[0].encode(STOPS.get(self.name, ""), add_special_tokens=False).ids
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *(ids if len(ids) == 1 else [])]))
 
     def turns(self, turns: Iterable[Turn], *, prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(ids i32[s], weights f32[s]) of a conversation; a medium is one placeholder token.
@@ -152,15 +149,19 @@ class Template:
         turns = list(turns)
         text, generated = self._render(turns, prompt)
         spans = [] if prompt else self._spans(turns, text, generated)
-        ids, weights, at = [], [], 0
+        ids, offsets, at = [], [], 0
         # Odd pieces are what a user typed that looks like a special token.
         for i, piece in enumerate(re.split(f"{_LITERAL}(.*?){_END_LITERAL}", text, flags=re.DOTALL)):
             at += i > 0                 # the mark that was split away
             encoding = self._backends[i % 2].encode(piece, add_special_tokens=False)
             ids += encoding.ids
-            weights += [_weight(at + a, at + b, spans) for a, b in encoding.offsets]
+            offsets += [(at + a, at + b) for a, b in encoding.offsets]
             at += len(piece)
-        return np.array(ids, np.int32), np.array(weights, np.float32)
+        start, end = np.array(offsets, np.int64).reshape(-1, 2).T
+        weights = np.zeros(len(ids), np.float32)
+        for first, last, weight in reversed(spans):     # a token across a border belongs to the earlier span
+            weights[(start < last) & (end > first)] = weight
+        return np.array(ids, np.int32), weights
 
     def _spans(self, turns: list[Turn], text: str, generated: list[Span]) -> list[Span]:
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
@@ -303,11 +304,6 @@ def encode_pair(text: str, template: Template, length: int) -> tuple[np.ndarray,
 def chat_template(name: str, tokenizer: Any) -> str:
     """The Jinja string to export as the tokenizer's `chat_template`; "" for pairs, which have none."""
     return Template(name, tokenizer).jinja
-
-
-def _weight(start: int, end: int, spans: list[Span]) -> float:
-    """Of the token with these characters: that of the span which it touches."""
-    return next((w for a, b, w in spans if start < b and end > a), 0.0)
 
 
 class _Generation(jinja2.ext.Extension):

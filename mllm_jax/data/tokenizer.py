@@ -60,7 +60,7 @@ def placeholder(tokenizer: PreTrainedTokenizerFast, modality: str) -> tuple[str,
       ConfigError: the tokenizer has none.
     """
     token = getattr(tokenizer, f"{modality}_token", None) or PLACEHOLDERS[modality]
-    id = tokenizer.get_vocab().get(token)
+    id = tokenizer.backend_tokenizer.token_to_id(token)
     if id is None:
         raise ConfigError(f"the tokenizer has no {token}; load it with media={(modality,)!r}")
     return token, id
