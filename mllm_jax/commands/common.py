@@ -15,7 +15,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets (default: data)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder that paths of data sets begin at (default: here)")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -244,7 +244,11 @@ def work(stages: Mapping[str, Planned]) -> Iterator[tuple[str, ...]]:
 def files(name: str, recipe: Any, p: Planned) -> Iterator[tuple[str, str]]:
     """(lines, path) of the files that make this system, in the order of the line; each once."""
     from mllm_jax import config
+    from mllm_jax.data.datasets import DATASETS
+    from mllm_jax.data.sources import FORMATS
 
+    formats = {DATASETS[s].format if s in DATASETS else s.partition(":")[0] for s in p.stage.data.sources}
+    readers = sorted({FORMATS[f].__module__ for f in formats if f in FORMATS})
     chapter = name.partition(":")[0].removeprefix("configs/").removesuffix(".py")
     chosen = {kind: [] for kind in ("data", "encoders", "connectors", "decoders", "models", "objectives", "evaluation")}
     for module in modules_of([p.model, p.stage]):
@@ -255,7 +259,7 @@ def files(name: str, recipe: Any, p: Planned) -> Iterator[tuple[str, str]]:
     for module in (*chosen["encoders"], *chosen["decoders"], *chosen["models"]):
         layers += [m for m in uses(module) if m.startswith("mllm_jax.nn.") and m not in layers]
     host = [f"mllm_jax.{m}" for m in HOST]
-    order = ["mllm_jax.configs." + chapter.replace("/", "."), "mllm_jax.recipe", *host[:2], *chosen["data"], *host[2:],
+    order = ["mllm_jax.configs." + chapter.replace("/", "."), "mllm_jax.recipe", *host[:2], *readers, *chosen["data"], *host[2:],
              *chosen["models"], *chosen["encoders"], *chosen["connectors"], *chosen["decoders"], *layers,
              *chosen["objectives"], *(f"mllm_jax.{m}" for m in DEVICE), *chosen["evaluation"]]
     root = Path(config.__file__).parents[1]
