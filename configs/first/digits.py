@@ -1,0 +1,54 @@
+"""A first multimodal LLM: it reads handwritten digits in scenes, on a laptop's processor, in minutes.
+
+New here: the three stages of the field. Towers learn what images and captions share, a connector learns
+to speak to the decoder, and both learn to answer questions. Data: UCI digits, in data/sources/digits.py.
+"""
+
+from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.data.views import Square
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.vit import HALF, ViTConfig
+from mllm_jax.models.dual_encoder import DualEncoderConfig
+from mllm_jax.models.mllm import MLLMConfig
+from mllm_jax.models.tower import TowerConfig
+from mllm_jax.objectives import InfoNCE, NextToken
+from mllm_jax.recipe import Adam, Data, Recipe, Stage
+
+VOCAB = 384
+VIT = ViTConfig(width=128, depth=4, heads=4, mlp=384, patch=8, grid=4, mean=HALF, std=HALF, activation="gelu")
+VIEW = Square(size=32)
+
+
+def recipe() -> Recipe:
+    text = DecoderConfig(vocab=VOCAB, width=96, depth=2, heads=4, mlp=256, head="none")
+    pairs = TowerConfig(view=VIEW, encoder=VIT, route="pool")
+    image = TowerConfig(view=VIEW, encoder=VIT, connector=MLPConfig(depth=2))
+    decoder = DecoderConfig(vocab=VOCAB, width=128, depth=4, heads=4, mlp=352)
+    return Recipe(
+        paper="this project",
+        tokenizer=f"bpe:{VOCAB}",
+        model=MLLMConfig(inputs={"image": image}, decoder=decoder),
+        stages={
+            "contrast": Stage(
+                model=DualEncoderConfig(inputs={"image": pairs}, text=text, dim=96),
+                data=Data(sources={"digits_train": 1.0}, batch_size=128, seq_len=24, template="clip"),
+                objectives={"itc": InfoNCE()},
+                optimizer=Adam(lr=1e-3, warmup=0.1, b2=0.98),
+                steps=600,
+            ),
+            "align": Stage(
+                data=Data(sources={"digits_train": 1.0}, batch_size=16, seq_len=128, items={"image": 3}, template="plain"),
+                objectives={"lm": NextToken()},
+                optimizer=Adam(lr=2e-3, warmup=0.1),
+                steps=200,
+                train=("inputs/image/connector/*", "decoder/*"),
+                weights={"inputs/image/encoder": "stage://contrast/inputs/image"},
+            ),
+            "instruct": Stage(
+                data=Data(sources={"digits_train": 1.0}, batch_size=16, seq_len=128, items={"image": 3}, template="plain"),
+                objectives={"lm": NextToken()},
+                optimizer=Adam(lr=1e-3, warmup=0.1, b2=0.98),
+                steps=2000,
+            ),
+        },
+    )
