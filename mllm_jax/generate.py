@@ -151,14 +151,15 @@ class Generator:
     """
 
     def __init__(
-        self, model: MLLMConfig, params: Mapping[str, Any], tokenizer: Any, *, layout: Layout = Layout(), mesh: Mesh | None = None,
+        self, model: MLLMConfig, params: Mapping[str, Any], tokenizer: Any, *, layout: Layout | None = None, mesh: Mesh | None = None,
         template: str = "plain", rows: int = 16,
     ):
         self.towers, self.tokenizer, self.template = model.inputs, tokenizer, Template(template, tokenizer)
-        self.layout, self.mesh = layout, layout.make_mesh() if mesh is None else mesh
+        self.layout = layout or Layout()
+        self.mesh = self.layout.make_mesh() if mesh is None else mesh
         self.rows = batch_rows(rows, self.mesh)
         module = nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
-        graph, self.params = split(module)[0], place(params, module, layout, self.mesh)
+        graph, self.params = split(module)[0], place(params, module, self.layout, self.mesh)
         self.stops = np.asarray(self.template.stops, np.int32)
 
         def program(params: Params, batch: Batch, sampling: Sampling, seed: jax.Array, hashes: jax.Array) -> jax.Array:
@@ -166,8 +167,9 @@ class Generator:
 
         self.program = jax.jit(program, static_argnames="sampling", out_shardings=by_rows(self.mesh))
 
-    def __call__(self, examples: Sequence[Example], sampling: Sampling = Sampling(), seed: int = 0) -> list[str]:
+    def __call__(self, examples: Sequence[Example], sampling: Sampling | None = None, seed: int = 0) -> list[str]:
         """A text for each example.  With several processes each passes all examples, and gets all texts."""
+        sampling = sampling or Sampling()
         rows = min(self.rows, batch_rows(len(examples), self.mesh))
         texts: dict[int, str] = {}
         for shape, ids in schedule([self.shape(e) for e in examples], rows):

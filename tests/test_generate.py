@@ -16,7 +16,18 @@ from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.views import Square
 from mllm_jax.decoders.transformer import LLAMA
 from mllm_jax.encoders.vit import CLIP_L14_336
-from mllm_jax.generate import Generator, Sampling, batch_rows, bucket, filtered, generate, host_rows, id_hash, row_keys, schedule
+from mllm_jax.generate import (
+    Generator,
+    Sampling,
+    batch_rows,
+    bucket,
+    filtered,
+    generate,
+    host_rows,
+    id_hash,
+    row_keys,
+    schedule,
+)
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
 from mllm_jax.nn.param import merge, split
@@ -24,8 +35,11 @@ from mllm_jax.sharding import Layout
 from mllm_jax.types import Batch, Part, Turn
 
 CFG = MLLMConfig(
-    inputs={"image": TowerConfig(view=Square(size=336), encoder=replace(CLIP_L14_336, layer=-2), connector=MLPConfig())},
-    decoder=replace(LLAMA, kv_heads=2)).tiny()
+    inputs={
+        "image": TowerConfig(view=Square(size=336), encoder=replace(CLIP_L14_336, layer=-2), connector=MLPConfig())
+    },
+    decoder=replace(LLAMA, kv_heads=2),
+).tiny()
 TOKENIZER = load_tokenizer("bytes")
 
 
@@ -47,7 +61,10 @@ def examples():
     shapes = Shapes(count=7, size=32)
     out = [shapes[i] for i in range(7)]
     text = Turn(role="user", parts=(Part(text="no picture"),))
-    two = Turn(role="user", parts=(Part(kind="image", media=0), Part(text=" and "), Part(kind="image", media=1), Part(text="?")))
+    two = Turn(
+        role="user",
+        parts=(Part(kind="image", media=0), Part(text=" and "), Part(kind="image", media=1), Part(text="?")),
+    )
     out[2] = replace(out[2], turns=(text,), media=())
     out[4] = replace(out[4], turns=(two,), media=(*out[4].media, *out[5].media))
     return out
@@ -68,9 +85,15 @@ def one_by_one(graph, params, batch: Batch, n: int) -> np.ndarray:
             out.append(int(token[0]))
             grow = lambda x, value: np.concatenate([x, np.full((1, 1, *x.shape[2:]), value, x.dtype)], 1)
             row = replace(
-                row, tokens=grow(row.tokens, token[0]), targets=grow(row.targets, 0), weights=grow(row.weights, 0), kinds=grow(row.kinds, 0),
-                segments=grow(row.segments, row.segments[0, -1]), positions=grow(row.positions, row.positions[0, -1, 0] + 1),
-                media={m: replace(x, slot=grow(x.slot, -1)) for m, x in row.media.items()})
+                row,
+                tokens=grow(row.tokens, token[0]),
+                targets=grow(row.targets, 0),
+                weights=grow(row.weights, 0),
+                kinds=grow(row.kinds, 0),
+                segments=grow(row.segments, row.segments[0, -1]),
+                positions=grow(row.positions, row.positions[0, -1, 0] + 1),
+                media={m: replace(x, slot=grow(x.slot, -1)) for m, x in row.media.items()},
+            )
     return np.array(out).reshape(-1, n)
 
 
@@ -86,7 +109,7 @@ def test_cached_tokens_are_those_of_the_whole_row_computed_anew(model, examples)
     got = run(graph, batch, params, Sampling(max_new_tokens=6))
     want = one_by_one(graph, params, batch, 6)
     np.testing.assert_array_equal(got, want)
-    assert len({tuple(r) for r in want.tolist()}) == 3              # the rows do differ, so the comparison says something
+    assert len({tuple(r) for r in want.tolist()}) == 3  # the rows do differ, so the comparison says something
 
 
 def test_a_stop_token_ends_its_row_and_no_other(model, examples):
@@ -108,14 +131,19 @@ def test_a_row_without_a_prompt_generates_nothing(model, examples):
     batch = prompts(examples[:1], seq_len=112, rows=2)
     got = run(graph, batch, params, Sampling(max_new_tokens=3))
     assert (got[1] == 0).all()
-    np.testing.assert_array_equal(got[:1], run(graph, prompts(examples[:1], seq_len=112), params, Sampling(max_new_tokens=3)))
+    np.testing.assert_array_equal(
+        got[:1], run(graph, prompts(examples[:1], seq_len=112), params, Sampling(max_new_tokens=3))
+    )
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=6), Sampling(temperature=1.0, top_p=0.9, top_k=50, max_new_tokens=6)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_new_tokens=6), Sampling(temperature=1.0, top_p=0.9, top_k=50, max_new_tokens=6)]
+)
 def test_a_batch_answers_as_each_example_alone_and_as_eight_devices(model, examples, sampling):
     _, params = model
     make = lambda n, **kw: Generator(
-        CFG, params, TOKENIZER, mesh=Layout().make_mesh(jax.devices()[:n]), template="plain", **kw)
+        CFG, params, TOKENIZER, mesh=Layout().make_mesh(jax.devices()[:n]), template="plain", **kw
+    )
     together = make(1, rows=4)(examples, sampling, seed=3)
     alone = make(1, rows=1)
     assert together == [alone([e], sampling, seed=3)[0] for e in examples]
@@ -124,13 +152,23 @@ def test_a_batch_answers_as_each_example_alone_and_as_eight_devices(model, examp
         assert together[:2] != alone(examples[:2], sampling, seed=4)
     if len(jax.devices()) >= 8:
         layout = Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2})
-        sharded = Generator(CFG, {k: np.asarray(v) for k, v in params.items()}, TOKENIZER, layout=layout, template="plain", rows=8)
+        sharded = Generator(
+            CFG, {k: np.asarray(v) for k, v in params.items()}, TOKENIZER, layout=layout, template="plain", rows=8
+        )
         assert together == sharded(examples, sampling, seed=3)
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=5), Sampling(temperature=1.0, top_p=0.8),
-    Sampling(temperature=0.9, top_k=20, top_p=0.6), Sampling(temperature=1.0, top_p=1e-6), Sampling(temperature=1.0, top_k=1000)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.3, top_k=5),
+        Sampling(temperature=1.0, top_p=0.8),
+        Sampling(temperature=0.9, top_k=20, top_p=0.6),
+        Sampling(temperature=1.0, top_p=1e-6),
+        Sampling(temperature=1.0, top_k=1000),
+    ],
+)
 def test_filters_are_those_of_transformers(sampling):
     torch = pytest.importorskip("torch")
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -186,3 +224,59 @@ def test_a_schedule_has_every_index_once_and_pads_with_the_first():
 def test_sampling_refuses(bad):
     with pytest.raises(ConfigError, match=str(next(iter(bad.values())))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("name", ["llama", "llava-clip-llama", "llava-siglip-qwen2"])
+def test_greedy_tokens_are_those_of_transformers(name, torch, tmp_path):
+    """Ragged prompts, padded at the left, with an image each at different places."""
+    from mllm_jax.hf.load import load
+    from mllm_jax.types import Media
+    from tests.hf import tiny
+
+    theirs, (_, processor) = tiny.save(name, tmp_path), tiny.build(name)
+    cfg, params = load(tmp_path)
+    if name == "llama":
+        cfg, params = MLLMConfig(inputs={}, decoder=cfg), {f"decoder/{k}": v for k, v in params.items()}
+    rng, n_image = np.random.default_rng(0), 16 if cfg.inputs else 0
+    lengths, starts, s = [30, 25, 21], [8, 0, 5], 30
+    tokens, segments = np.zeros((3, s), np.int32), np.zeros((3, s), np.int32)
+    slot, positions = np.full((3, s), -1, np.int32), np.zeros((3, s, 3), np.int32)
+    for r, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        own = rng.integers(3, 90, length)
+        own[start : start + n_image] = tiny.IMAGE_TOKEN
+        at = np.arange(s - length, s)
+        tokens[r, at], segments[r, at], positions[r, at] = own, 1, np.arange(length)[:, None]
+        slot[r, at[start : start + n_image]] = np.arange(n_image)
+    media, pixels = {}, {}
+    if n_image:
+        tower, files = cfg.inputs["image"], tiny.images(3)
+        values, coords = (
+            np.stack(x)[:, None] for x in zip(*(tower.view(f, tower.patch, exact=True) for f in files), strict=True)
+        )
+        media = {"image": Media(values=values, coords=coords, mask=np.ones((3, 1), bool), slot=slot)}
+        pixels = {"pixel_values": tiny.pixel_values(processor, files)}
+    zero = np.zeros((3, s), np.int32)
+    batch = Batch(
+        tokens=tokens,
+        targets=zero,
+        weights=zero.astype(np.float32),
+        segments=segments,
+        positions=positions,
+        kinds=zero,
+        media=media,
+    )
+    graph = split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))[0]
+    got = run(graph, batch, params, Sampling(max_new_tokens=12))
+    with torch.no_grad():
+        want = theirs.generate(
+            input_ids=torch.tensor(tokens).long(),
+            attention_mask=torch.tensor(segments).long(),
+            do_sample=False,
+            max_new_tokens=12,
+            min_new_tokens=12,
+            eos_token_id=None,
+            pad_token_id=0,
+            **pixels,
+        )
+    np.testing.assert_array_equal(got, want[:, s:].numpy())
+    assert len({tuple(r) for r in got.tolist()}) == 3
