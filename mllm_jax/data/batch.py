@@ -13,8 +13,9 @@ import numpy as np
 from mllm_jax.data.augment import rng_for
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.pack import Placed, Row, RowSpec, blank, one_row, row_spec
+from mllm_jax.data.record import read_blob
 from mllm_jax.data.templates import Template
-from mllm_jax.data.tokenize import encode_prompt, read_blob
+from mllm_jax.data.tokenize import encode_prompt
 from mllm_jax.types import Batch, Example, Media, Sequence, record
 
 Decoded = tuple[np.ndarray, np.ndarray]             # values u8[p u], coords i32[p 3]
@@ -154,7 +155,8 @@ def prompt_batch(
       BadExample: a fault of an example, or one that does not fit.
     """
     template = template if isinstance(template, Template) else Template(template, tokenizer)
-    sequences = [encode_prompt(e, template=template, tokenizer=tokenizer, towers=towers, max_len=seq_len) for e in examples]
+    with_model = {"template": template, "tokenizer": tokenizer, "towers": towers}
+    sequences = [encode_prompt(example, max_len=seq_len, **with_model) for example in examples]
     if seq_len is None:
         longest = max((len(s) for s in sequences), default=1)
         seq_len = -(-longest // BUCKET) * BUCKET

@@ -14,7 +14,6 @@ before it is packed.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.images import image_size
+from mllm_jax.data.record import read_blob
 from mllm_jax.data.templates import Template, encode_pair
 from mllm_jax.data.tokenizer import placeholder
 from mllm_jax.types import KINDS, Blob, Example, Item, Part, Sequence, Turn
@@ -65,7 +65,8 @@ def encode(
         sequence = _sequence(example, ids, weights, used, tokenizer, towers, pairs=template.pairs)
         sequence = _fit(sequence, max_len, overlong)
         if not sequence.weights.any():
-            raise BadExample("", "no_trained", f"none of {len(sequence)} tokens has a weight under the template {template.name!r}")
+            detail = f"none of {len(sequence)} tokens has a weight under the template {template.name!r}"
+            raise BadExample("", "no_trained", detail)
         return sequence
     except BadExample as error:
         raise error.of(example.id) from error.__cause__
@@ -93,21 +94,6 @@ def encode_prompt(
         return _fit(_sequence(example, ids, weights, used, tokenizer, towers, pairs=False), max_len, "raise")
     except BadExample as error:
         raise error.of(example.id) from error.__cause__
-
-
-def read_blob(blob: Blob, limit: int = -1) -> bytes:
-    """The encoded bytes of a medium, or the first `limit` of them.
-
-    Raises:
-      BadExample: its file is not there or not readable.
-    """
-    if blob.data is not None:
-        return blob.data
-    try:
-        with Path(blob.path).open("rb") as file:
-            return file.read(limit)
-    except OSError as error:
-        raise BadExample("", "missing_file", f"{blob.path}: {error.strerror or error}") from error
 
 
 def _sequence(
@@ -150,7 +136,8 @@ def _sequence(
 
 def _item(blob: Blob, towers: Mapping[str, Any]) -> Item:
     if blob.kind not in towers:
-        raise ConfigError(f"the data has {blob.kind}s and the model takes {', '.join(towers) or 'text only'}; choose another source")
+        takes = ", ".join(towers) or "text only"
+        raise ConfigError(f"the data has {blob.kind}s and the model takes {takes}; choose another source")
     tower = towers[blob.kind]
     height, width = image_size(read_blob(blob, _HEADER))
     grid = tower.view.grid(height, width, tower.patch)
@@ -162,7 +149,8 @@ def _fit(sequence: Sequence, max_len: int | None, overlong: str) -> Sequence:
         return sequence
     media = np.flatnonzero(sequence.kinds > 0)
     if overlong != "truncate":
-        raise BadExample("", "overlong", f"{len(sequence)} positions, {len(media)} of them media, for a row of {max_len}")
+        detail = f"{len(sequence)} positions, {len(media)} of them media, for a row of {max_len}"
+        raise BadExample("", "overlong", detail)
     if len(media) and media[-1] >= max_len:
         detail = f"{len(sequence)} positions for a row of {max_len}, and cutting there would cut a medium"
         raise BadExample("", "overlong", detail)
@@ -173,7 +161,8 @@ def _fit(sequence: Sequence, max_len: int | None, overlong: str) -> Sequence:
 def _check(turns: Iterable[Turn]) -> None:
     """An empty answer would teach the model to end at once."""
     for i, turn in enumerate(turns):
-        if turn.role == "assistant" and turn.weight != 0 and not any(p.kind != "text" or p.text.strip() for p in turn.parts):
+        trained = turn.role == "assistant" and turn.weight != 0
+        if trained and not any(part.kind != "text" or part.text.strip() for part in turn.parts):
             raise BadExample("", "empty_answer", f"turn {i}, of the assistant, has no text")
 
 

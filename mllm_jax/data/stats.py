@@ -1,0 +1,195 @@
+"""What a stage's data looks like, and the row length and room for media that fit it.
+
+Lengths are those of real sequences, after template, tokenizer and connector, and the fill of rows is that of really
+packing them: an estimate from mean lengths is wrong where it matters, at the long end.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import field
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.errors import BadExample
+from mllm_jax.data.images import image_size
+from mllm_jax.data.pack import RowSpec, pack, row_spec
+from mllm_jax.data.record import read_blob
+from mllm_jax.data.templates import Template
+from mllm_jax.data.tokenize import encode
+from mllm_jax.types import Sequence, record
+
+LENGTHS = (64, 77, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+MOST_DROPPED = 0.03
+_HEADER = 1 << 18
+_WIDTH = 44                             # characters of the longest bar
+
+
+@record
+class Measured:
+    """A sample of one source."""
+
+    name: str
+    records: int                        # in the whole source
+    weight: float
+    sequences: tuple[Sequence, ...]
+    sizes: tuple[tuple[int, int], ...] = ()             # (height, width) of images
+    bad: Mapping[str, int] = field(default_factory=dict)        # reason -> examples
+    first_bad: Mapping[str, str] = field(default_factory=dict)  # reason -> the message of the first
+
+
+def measure(
+    name: str, source: Any, weight: float, *, template: Template, towers: Mapping[str, Any], seq_len: int,
+    limit: int = 1000,
+) -> Measured:  # fmt: skip
+    """The sequences of up to `limit` examples, evenly spread over the source, not cut and not packed.
+
+    `seq_len` matters for pairs alone, whose template fills a row.
+    """
+    sequences, sizes = [], []
+    bad: Counter[str] = Counter()
+    first_bad: dict[str, str] = {}
+    for i in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist():
+        try:
+            example = source[i]
+            sequence = encode(
+                example, template=template, tokenizer=template.tokenizer, towers=towers,
+                max_len=seq_len if template.pairs else None,
+            )  # fmt: skip
+            sizes += [image_size(read_blob(item.blob, _HEADER)) for item in sequence.items if item.modality == "image"]
+            sequences.append(sequence)
+        except BadExample as error:
+            bad[error.reason] += 1
+            first_bad.setdefault(error.reason, str(error))
+    return Measured(
+        name=name, records=len(source), weight=weight, sequences=tuple(sequences), sizes=tuple(sizes), bad=bad,
+        first_bad=first_bad,
+    )  # fmt: skip
+
+
+def report(
+    measured: list[Measured], towers: Mapping[str, Any], *, seq_len: int, items: Mapping[str, int], pad: int
+) -> Iterator[str]:
+    """Lines of text: histograms for each source, then what rows would hold, then a recommendation."""
+    for one in measured:
+        yield f"{one.name}: {one.records} records, weight {one.weight:g}; {len(one.sequences)} measured"
+        for reason, count in one.bad.items():
+            yield f"  bad: {count} x {reason}, for example {one.first_bad[reason]}"
+        if not one.sequences:
+            continue
+        yield from histogram("positions of an example", [len(s) for s in one.sequences])
+        trained = sum(int(np.count_nonzero(s.weights)) for s in one.sequences)
+        yield f"  trained: {trained / sum(len(s) for s in one.sequences):.1%} of the positions"
+        for modality in towers:
+            yield from histogram(f"{modality}s of an example", _items(one.sequences, modality), whole=True)
+        if one.sizes:
+            yield from histogram("shorter side of an image, pixels", [min(size) for size in one.sizes])
+        yield ""
+    sample = mixed(measured)
+    if not sample:
+        yield "nothing could be measured"
+        return
+    if all(s.items and not (s.slot >= 0).any() for s in sample) and len({len(s) for s in sample}) == 1:
+        yield f"Every example fills a row of its own ({len(sample[0])} positions); there is nothing to pack."
+        return
+    advice = recommend(sample, towers)
+    yield f"Rows of the mixture ({len(sample)} examples, packed):"
+    yield f"  {'seq_len':>8} {'media':>12} {'dropped':>8} {'filled':>8} {'examples a row':>15}"
+    specs = {f"{n}": row_spec(n, _room_for(sample, n, towers), towers, pad) for n in _around(advice[0])}
+    specs[f"now {seq_len}"] = row_spec(seq_len, items, towers, pad)
+    for label, spec in specs.items():
+        dropped, filled, each = fill(sample, spec)
+        media = " ".join(f"{m}={s.items}" for m, s in spec.media.items()) or "none"
+        yield f"  {label:>8} {media:>12} {dropped:>8.1%} {filled:>8.1%} {each:>15.1f}"
+    room = "".join(f" data.items.{m}={n}" for m, n in advice[1].items())
+    yield f"Recommended: data.seq_len={advice[0]}{room}"
+
+
+def recommend(sequences: Iterable[Sequence], towers: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """(row length, items of each modality): the best filled row that drops less than 3 % of these sequences.
+
+    Rows of up to four times the shortest possible one are tried; a longer one must fill at least 1 % more.
+    """
+    sequences = list(sequences)
+    enough = np.quantile([len(s) for s in sequences], 1 - MOST_DROPPED, method="higher")
+    lengths = [n for n in LENGTHS if n >= enough] or [int(enough)]
+    best: tuple[float, int, dict[str, int]] | None = None
+    for n in [n for n in lengths if n <= 4 * lengths[0]]:
+        items = _room_for(sequences, n, towers)
+        dropped, filled, _ = fill(sequences, row_spec(n, items, towers, 0))
+        if dropped < MOST_DROPPED and (best is None or filled > best[0] + 0.01):
+            best = filled, n, items
+    if best is None:                    # the 3 % that are too long and those with too many media are not the same
+        longest = max(len(s) for s in sequences)
+        n = next((n for n in LENGTHS if n >= longest), longest)
+        return n, _room_for(sequences, n, towers)
+    return best[1], best[2]
+
+
+def fill(sequences: Iterable[Sequence], spec: RowSpec) -> tuple[float, float, float]:
+    """(part of the sequences that does not fit a row, part of the positions that is filled, examples of a row)."""
+    fitting, dropped = [], 0
+    for sequence in sequences:
+        try:
+            spec.check(sequence)
+            fitting.append(sequence)
+        except BadExample:
+            dropped += 1
+    rows = list(pack(fitting, spec))
+    if not rows:
+        return 1.0, 0.0, 0.0
+    real = sum(len(s) for s in fitting)
+    return dropped / (dropped + len(fitting)), real / (len(rows) * spec.seq_len), len(fitting) / len(rows)
+
+
+def mixed(measured: list[Measured]) -> list[Sequence]:
+    """Sequences of all sources in the proportion of their weights, interleaved as training would."""
+    usable = [one for one in measured if one.sequences]
+    if not usable:
+        return []
+    scale = min(len(one.sequences) / one.weight for one in usable)
+    placed = []
+    for one in usable:
+        count = max(1, round(scale * one.weight))
+        placed += [((i + 0.5) / count, one.name, i, one.sequences[i]) for i in range(min(count, len(one.sequences)))]
+    return [sequence for *_, sequence in sorted(placed, key=lambda p: p[:3])]
+
+
+def histogram(title: str, values: list[int], *, whole: bool = False) -> Iterator[str]:
+    """Lines with bars: one for each value if `whole`, otherwise ten ranges between the extremes."""
+    values = np.asarray(values)
+    low, middle, high, most = (int(np.quantile(values, q, method="nearest")) for q in (0, 0.5, 0.95, 1))
+    yield f"  {title}: {low} to {most}, median {middle}, 95 % up to {high}"
+    if low == most:
+        return
+    if whole and most - low < 12:
+        edges = np.arange(low, most + 2)
+        labels = [str(edge) for edge in edges[:-1]]
+    else:
+        spread = np.geomspace if low > 0 else np.linspace
+        edges = np.unique(np.round(spread(low, most + 1, 11)).astype(int))
+        labels = [f"{a}-{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    counts, _ = np.histogram(values, edges)
+    for label, count in zip(labels, counts, strict=True):
+        bar = "#" * max(int(count > 0), round(_WIDTH * count / counts.max()))
+        yield f"    {label:>12} {count:>6} {bar}".rstrip()
+
+
+def _around(n: int) -> list[int]:
+    at = LENGTHS.index(n) if n in LENGTHS else None
+    return [n] if at is None else list(LENGTHS[max(0, at - 1) : at + 3])
+
+
+def _room_for(sequences: list[Sequence], n: int, towers: Mapping[str, Any]) -> dict[str, int]:
+    """Media that a full row of n positions holds: for the mean share of them, and for nearly every single example."""
+    positions = sum(len(s) for s in sequences)
+    room = {}
+    for modality in towers:
+        counts = _items(sequences, modality)
+        each = int(np.quantile(counts, 1 - MOST_DROPPED, method="higher"))
+        room[modality] = max(1, each, int(np.ceil(n * sum(counts) / positions)))
+    return room
+
+
+def _items(sequences: Iterable[Sequence], modality: str) -> list[int]:
+    return [sum(item.modality == modality for item in s.items) for s in sequences]

@@ -1,0 +1,38 @@
+"""The tokenizer that a recipe names, with every token that its models and templates need."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mllm_jax.data.errors import BadExample
+from mllm_jax.data.sources import open_source
+from mllm_jax.data.templates import TOKENS
+from mllm_jax.data.tokenizer import load_tokenizer
+
+TEXTS = 4_000                           # examples of each source whose text a "bpe:SIZE" tokenizer is trained on
+
+
+def recipe_tokenizer(recipe: Any, root: Path | None = None) -> Any:
+    """The tokenizer of a recipe.Recipe; "bpe:SIZE" is trained on the recipe's own sources.
+
+    Raises:
+      ConfigError: the tokenizer or a source cannot be loaded.
+    """
+    stages = recipe.stages.values()
+    media = sorted({modality for stage in stages for modality in (stage.model or recipe.model).inputs})
+    tokens = sorted({token for stage in stages for token in TOKENS.get(stage.data.template, ())})
+    names = dict.fromkeys(name for stage in stages for name in stage.data.sources)
+    return load_tokenizer(recipe.tokenizer, texts(names, root), media=media, tokens=tokens)
+
+
+def texts(names: Iterable[str], root: Path | None = None, limit: int = TEXTS) -> Iterator[str]:
+    """What the first `limit` examples of each source say; records that cannot be read are left out."""
+    for name in names:
+        source = open_source(name, root)
+        for i in range(min(limit, len(source))):
+            try:
+                example = source[i]
+            except BadExample:
+                continue
+            yield from example.captions
+            yield from (part.text for turn in example.turns for part in turn.parts if part.text)
