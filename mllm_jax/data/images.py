@@ -1,12 +1,12 @@
 """The one decoder of images: encoded bytes -> u8[h w 3], upright, RGB, over white.
 
-`exact` decoding and resizing are Pillow's, and bit-equal to the PIL image processors of `transformers` on
-ordinary RGB files. Training may be faster than exact: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-inside the inverse cosine transform where the result is still at least as large as what the view will ask
-for, and OpenCV, where installed, averages areas. The mean difference to exact pixels is one to three levels of 255.
+Decoding and resizing are Pillow's, and bit-equal to the PIL image processors of `transformers` on ordinary RGB
+files. Training may be faster than exact: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size inside the inverse
+cosine transform where the result is still at least as large as what the view will ask for.
 
-Two surprises. OpenCV applies EXIF rotation by default, Pillow never does; here it is always applied, once.
-Pillow clips 16-bit greyscale to white; here it is scaled.
+Surprises. Pillow never applies EXIF rotation and clips 16-bit greyscale to white; here the picture is turned, and
+scaled. OpenCV would not be faster: half of its time, and of a pipeline that hands whole pictures to numpy, goes
+into page faults of fresh memory, so pictures stay in Pillow's memory, which is used again, until they are small.
 """
 
 import io
@@ -18,17 +18,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mllm_jax.data.errors import BadExample
 
-try:
-    import cv2
-    from cv2 import IMREAD_COLOR_RGB, IMREAD_IGNORE_ORIENTATION
-except ImportError:                     # an optional extra (4.11 or later): faster, never needed
-    cv2 = None
-
 MAX_PIXELS = 128_000_000
 MIN_SIDE = 8
 # Named, because Pillow's full list holds formats that start other programs (EPS) or are no pictures at all.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,33 +37,40 @@ _UPRIGHT = {
 Image.core.set_blocks_max(8)
 
 Fit = Callable[[int, int], tuple[int, int]]
+Size = tuple[float, float]
 
 
-def decode_image(data: bytes, *, fit: Fit | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """u8[h w 3]: the image upright, RGB, transparency over white, the first frame of an animation.
-
-    With `fit`, a function from the image's (height, width) to the size that the caller will resize it to,
-    a JPEG may come out smaller than it is, never smaller than that size.
 
     Raises:
       BadExample: not an image or truncated ("decode"), more than `max_pixels` ("bomb"), a side below 8 ("tiny").
     """
+    return np.asarray(load_image(data, max_pixels=max_pixels)[0])
+
+
+def load_image(data: bytes, *, fit: Fit | None = None, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, Size]:
+    """What `decode_image` gives as a Pillow image, and the (height, width) of its picture in pixels.
+
+    With `fit`, a function from the image's (height, width) to the size that the caller will resize it to, a
+    JPEG may come out at a half, a quarter or an eighth of its size, never smaller than that. Its picture may
+    then end inside the last row and column: 450 rows at a quarter are 112.5, in 113 rows of pixels.
+    """
     image = _open(data, max_pixels)
     turn = _orientation(image)
+    drafted = None
     if fit and image.format == "JPEG":
-        tall, wide = fit(*_upright_size(image))
-        tall, wide = (wide, tall) if turn >= 5 else (tall, wide)
-        if cv2 is not None and image.mode in ("RGB", "L") and _ends(data):
-            pixels = _cv2_decode(data, min(image.height / tall, image.width / wide))
-            if pixels is not None:      # None: Pillow will say what is wrong
-                return pixels if turn == 1 else np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
-        image.draft(None, (wide, tall))
+        height, width = fit(*_upright_size(image))
+        drafted = image.draft(None, (height, width) if turn >= 5 else (width, height))
     try:
         image.load()
     except Exception as error:          # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         raise BadExample("", "decode", f"{len(data)} bytes of {image.format} stop being readable: {error}") from error
     image = _rgb(image)
-    return np.asarray(image if turn == 1 else image.transpose(_UPRIGHT[turn]))
+    if turn > 1:                        # the partly empty pixels may now be the first ones: half a pixel is let go
+        image, drafted = image.transpose(_UPRIGHT[turn]), None
+    _, (_, _, width, height) = drafted or ("RGB", (0, 0, *image.size))
+    return image, (height, width)
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -80,17 +80,6 @@ def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
       BadExample: as `decode_image`, except for faults behind the header.
     """
     return _upright_size(_open(data, max_pixels))
-
-
-def resize(image: np.ndarray, height: int, width: int, *, resample: str = "bicubic", exact: bool) -> np.ndarray:
-    """u8[height width 3] of u8[h w 3]; `exact` is Pillow's filter, widened when shrinking (antialiased)."""
-    tall, wide = image.shape[:2]
-    if (tall, wide) == (height, width):
-        return image
-    if not exact and cv2 is not None and tall >= height and wide >= width:
-        # OpenCV's own cubic filter is not antialiased and is 5-11 levels off when shrinking; areas are within 2.
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    return np.asarray(Image.fromarray(image).resize((width, height), RESAMPLE[resample]))
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -139,14 +128,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return image.convert("RGB")
-
-
-def _ends(data: bytes) -> bool:
-    """Whether a JPEG has its end marker; some versions of OpenCV fill a missing tail with grey in silence."""
-    return b"\xff\xd9" in data[-64:]
-
-
-def _cv2_decode(data: bytes, shrink: float) -> np.ndarray | None:
-    # OpenCV calls "reduced greyscale" what is a scale alone; with the colour flag the pixels are RGB.
-    scale = next((getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{n}") for n in (8, 4, 2) if shrink >= n), 0)
-    return cv2.imdecode(np.frombuffer(data, np.uint8), IMREAD_COLOR_RGB | IMREAD_IGNORE_ORIENTATION | scale)

@@ -7,11 +7,13 @@ from mllm_jax.data.record import embed, pack_example, unpack_example, write_arra
 from mllm_jax.data.sources import open_source
 from mllm_jax.types import Blob, Example, Part, Turn
 
+SOUND = Part(kind="audio", media=0)
+
 FULL = Example(
     id="set/7",
     turns=(
         Turn(role="system", parts=(Part(text="Sei höflich. 緑"),)),
-        Turn(role="user", parts=(Part(kind="image", media=1), Part(text="\r\n"), Part(kind="audio", media=0)), weight=0.5),
+        Turn(role="user", weight=0.5, parts=(Part(kind="image", media=1), Part(text="\r\n"), SOUND)),
         Turn(role="assistant", parts=(), weight=0.0),
     ),
     media=(Blob(kind="audio", path="a/b.wav"), Blob(kind="image", data=b"\0\xff" * 9)),
