@@ -4,7 +4,7 @@
     python3 launch/fresh.py test            runs the tests, in .venv-test
 
 Neither needs the other.  What follows is passed on: `first --out runs/mine`, `test tests/nn -k rotary`.
-Only the standard library is used here, of any Python 3 that may start it.
+Only the standard library is used here, and nothing newer than Python 3.8, which may start it.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def environment(folder, extras):
     wanted = hashlib.sha256((ROOT / "setup.py").read_bytes() + extras.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return python
-    print("installing into {} (once; some minutes)".format(folder.name), file=sys.stderr, flush=True)
+    print(f"installing into {folder.name} (once; some minutes)", file=sys.stderr, flush=True)
     if folder.exists():
         shutil.rmtree(str(folder))
     subprocess.check_call([suitable_python(), "-m", "venv", str(folder)])
@@ -53,10 +53,10 @@ def suitable_python():
     if sys.version_info[:2] >= NEEDS:
         return sys.executable
     for minor in range(14, NEEDS[1] - 1, -1):
-        if found := shutil.which("python3.{}".format(minor)):
+        if found := shutil.which(f"python3.{minor}"):
             return found
-    sys.exit("fresh.py: Python {}.{} or later is needed; this is {}.{} and there is no other on the path".format(
-        *NEEDS, *sys.version_info[:2]))
+    needed, have = (".".join(map(str, v)) for v in (NEEDS, sys.version_info[:2]))
+    sys.exit(f"fresh.py: Python {needed} or later is needed; this is {have} and there is no other on the path")
 
 
 if __name__ == "__main__":

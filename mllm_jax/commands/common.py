@@ -82,12 +82,14 @@ def open_model(source: str) -> tuple[Any, Any, dict, Any]:
     return None, cfg, params, load_tokenizer(str(folder))
 
 
-def template_of(recipe: Any) -> str:
-    """The chat format that a recipe's last chatting stage was trained in; of a Hugging Face folder the tokenizer's own."""
+def text_of(recipe: Any, cfg: Any) -> tuple[str, int | None]:
+    """(template, positions of a text or None) that a model was trained with.
+
+    Of a recipe, those of its last stage that trained such a model; of a Hugging Face folder, the tokenizer's own chat
+    format, or the pair format of the family.
+    """
+    writes = hasattr(cfg, "decoder")
     if recipe is None:
-        return "tokenizer"
-
-    from mllm_jax.data.templates import PAIRS
-
-    chats = [s.data.template for s in recipe.stages.values() if s.data.template not in PAIRS]
-    return chats[-1] if chats else "plain"
+        return ("tokenizer", None) if writes else ("clip" if cfg.text.causal else "siglip", cfg.text.positions)
+    alike = [s.data for s in recipe.stages.values() if hasattr(s.model or recipe.model, "decoder") == writes]
+    return alike[-1].template, None if writes else alike[-1].seq_len

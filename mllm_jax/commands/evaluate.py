@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="of the task, for example source=digits_test limit=500")
     parser.add_argument("--template", metavar="NAME", help="chat format (default: that of the run, or the tokenizer's own)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where answers and results go (default: the run's evals/, or evals/)")
+    parser.add_argument("--restart", action="store_true", help="answer again, where other weights or another task answered before")
     common.add_data_root(parser)
     common.add_layout(parser)
 
@@ -51,14 +52,15 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise ConfigError(f"stage {stage} of {args.model} has no evals; name one of: {', '.join(TASKS)}")
     out = args.out or (Path(args.model) / "evals" / stage if recipe else Path("evals"))
+    template, seq_len = common.text_of(recipe, cfg)
     mesh = layout.make_mesh()
     for name, task in chosen.items():
         result = evaluate(
             cfg, params, task, tokenizer, layout=layout, mesh=mesh, folder=out / name, root=args.data_root,
-            template=args.template or common.template_of(recipe))
+            template=args.template or template, seq_len=seq_len, restart=args.restart)
         if running.process == 0:
             print(f"{name}: {out / name}")
-            print("\n".join(lines(result)))
+            print("\n".join(lines({k: v for k, v in result.items() if k != "task"})))
     return 0
 
 

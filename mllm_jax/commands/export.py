@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         from mllm_jax.hf.export import export
 
         recipe, cfg, params, tokenizer = common.open_model(args.model)
-        chat = Template(common.template_of(recipe), tokenizer).jinja if hasattr(cfg, "decoder") else None
+        chat = Template(common.text_of(recipe, cfg)[0], tokenizer).jinja if hasattr(cfg, "decoder") else None
         export(params, cfg, args.out, tokenizer=tokenizer, chat_template=chat, family=args.family,
                dtype=args.dtype and jnp.dtype(args.dtype))
     else:
