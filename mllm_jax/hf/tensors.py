@@ -119,10 +119,12 @@ class Writer:
         self.file = open(file, "wb")     # noqa: SIM115, closed by __exit__
         self.file.write(len(text).to_bytes(8, "little") + text)
         self.offsets = {n: 8 + len(text) + e["data_offsets"][0] for n, e in header.items() if n != "__metadata__"}
+        self.dtypes = {n: np.dtype(dtype) for n, (dtype, _) in tensors.items()}
         self.file.truncate(8 + len(text) + at)
 
     def write(self, name: str, x: np.ndarray, *, layer: int | None = None, skip: int = 0) -> None:
         """Writes a tensor, entry number `layer` of a stack of such, or what follows `skip` bytes of it."""
+        assert np.dtype(x.dtype) == self.dtypes[name], f"{name} is promised as {self.dtypes[name]}, not {x.dtype}"
         self.file.seek(self.offsets[name] + (layer or 0) * x.nbytes + skip)
         rows = max(1, SLAB * max(len(x), 1) // max(x.nbytes, 1)) if x.ndim else 0
         for part in [x[i : i + rows] for i in range(0, len(x), rows)] if x.ndim else [x]:

@@ -1,0 +1,57 @@
+"""Our side of a comparison: batches, and all that a model computes on the way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mllm_jax.nn import stack, visibility
+from mllm_jax.nn.param import merge, split
+from mllm_jax.types import Batch, Media
+
+
+def graph_of(cfg):
+    return split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))[0]
+
+
+def batch(tokens: np.ndarray, lengths: list[int], media: Media | None = None) -> Batch:
+    """Rows padded at the end; every position predicts the next one of its row."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    b, s = tokens.shape
+    at = jnp.broadcast_to(jnp.arange(s), (b, s))
+    real = at < jnp.asarray(lengths)[:, None]
+    return Batch(
+        tokens=tokens, targets=jnp.roll(tokens, -1, axis=1), weights=(at < jnp.asarray(lengths)[:, None] - 1).astype(jnp.float32),
+        segments=real.astype(jnp.int32), positions=jnp.stack([at] * 3, -1), kinds=jnp.zeros((b, s), jnp.int32),
+        media={} if media is None else {"image": media})
+
+
+def media(rows: list[list[bytes]], view, patch: int, slot: np.ndarray) -> Media:
+    """Images of each row, cut exactly."""
+    most = max(map(len, rows))
+    blank = np.zeros((((view.size // patch) ** 2), patch * patch * 3), np.uint8)
+    cut = [[view(f, patch, exact=True)[0] for f in row] + [blank] * (most - len(row)) for row in rows]
+    values = np.stack([np.stack(row) for row in cut])
+    coords = np.zeros((*values.shape[:3], 3), np.int32)
+    mask = np.array([[i < len(row) for i in range(most)] for row in rows])
+    return Media(values=jnp.asarray(values), coords=jnp.asarray(coords), mask=jnp.asarray(mask), slot=jnp.asarray(slot, jnp.int32))
+
+
+def decoder_states(decoder, x, b: Batch) -> list[jax.Array]:
+    """What enters each layer, and what leaves the last, before the norm."""
+    cfg = decoder.cfg
+    rotation = None if cfg.rope is None else cfg.rope(b.positions, cfg.head_dim or cfg.width // cfg.heads)
+    if decoder.position is not None:
+        x = x + jnp.take(decoder.position[...], b.positions[..., 0], axis=0)
+    sees = visibility.of_batch(b, causal=cfg.causal)
+
+    def step(carry, block, i):
+        x, states = carry
+        x = block(x, sees, rotation=rotation)[0]
+        return x, states.at[i + 1].set(x)
+
+    empty = jnp.zeros((cfg.depth + 1, *x.shape)).at[0].set(x)
+    return list(stack.run(decoder.blocks, step, (x, empty), depth=cfg.depth)[1])
+
+
+__all__ = ["batch", "decoder_states", "graph_of", "media", "merge"]
