@@ -1,0 +1,95 @@
+"""describe: shapes, sizes and work of published systems, without building them."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mllm_jax.commands.describe import Planned, batch_of, describe, number, table
+from mllm_jax.config import ConfigError, load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return "\n".join(describe("projector/llava_15", load("projector/llava_15"), "instruct"))
+
+
+def test_the_line_has_every_shape(page):
+    stage = load("projector/llava_15").stages["instruct"]
+    b, s, i = stage.data.batch_size, stage.data.seq_len, stage.data.items["image"]
+    shapes = ["u8[576 588]", f"i32[{b} {s}]", f"f[{b} {s} 4096]", f"f[{b} {576 * i} 1024]", f"f[{b} {576 * i} 4096]"]
+    at = [page.index(shape) for shape in shapes]
+    assert at == sorted(at)                             # in the order in which they come about
+    assert "576 tokens for each image" in page and "23 of 24 layers run" in page
+
+
+def test_sizes_are_those_published(page):
+    assert "7.06B parameters, stages: align, instruct" in page
+    row = {r.split()[0]: r.split()[1:] for r in page.splitlines() if len(r.split()) == 4}
+    assert row["inputs/image/encoder"] == ["303.5M", "-", "-"]
+    assert row["inputs/image/connector"] == ["21.0M", "21.0M", "21.0M"]
+    assert row["decoder"] == ["6.74B", "-", "6.74B"]
+
+
+def test_work_is_6_operations_per_trained_weight_and_position_and_attention(page):
+    p = Planned(load("projector/llava_15"), "instruct")
+    n, images = p.rows * p.seq, p.rows * p.items["image"]
+    decoder = 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 4096 * p.model.decoder.vocab
+    attention = 12 * 32 * 4096 * n * (p.seq + 1) / 2
+    vit = 588 * 1024 * 576 + 23 * (12 * 1024**2 * 577 + 2 * 1024 * 577**2)
+    connector = 576 * (1024 * 4096 * 2 + 4096 * 4096 * 3)               # the first layer passes no gradient to the frozen ViT
+    assert p.flops == 6 * decoder * n + attention + 2 * vit * images + 2 * connector * images
+
+
+def test_adam_keeps_two_numbers_for_each_trained_one_and_none_for_frozen_ones():
+    p = Planned(load("projector/llava_15"), "align")
+    assert p.state_bytes == pytest.approx(8 * p.trained_size, abs=64) and p.trained_size == 20_979_712
+
+
+def test_files_are_there_and_as_long_as_said(page):
+    listed = re.findall(r"^ +(\d+)  (\S+\.py)$", page, re.M)
+    assert [f for _, f in listed][0] == "configs/projector/llava_15.py"
+    order = [next(i for i, (_, f) in enumerate(listed) if f.endswith(x)) for x in (
+        "data/views.py", "encoders/vit.py", "connectors/mlp.py", "decoders/transformer.py", "objectives/tokens.py", "train/step.py")]
+    assert order == sorted(order)
+    for lines, file in listed:
+        assert len((ROOT / file).read_text().splitlines()) == int(lines)
+
+
+def test_pairs_are_described_too():
+    page = "\n".join(describe("contrastive/clip", load("contrastive/clip")))
+    assert "427.6M parameters" in page and "f[32768 768]" in page and "every other row is a negative" in page
+
+
+def test_a_batch_fits_the_model_of_every_stage():
+    recipe = load("first/digits")
+    for name in recipe.stages:
+        p = Planned(recipe, name)
+        assert batch_of(p).tokens.shape == (p.rows, p.seq)
+
+
+def test_an_unknown_stage_is_named():
+    with pytest.raises(ConfigError, match="nearest: align"):
+        list(describe("x", load("projector/llava_15"), "aling"))
+
+
+def test_13_billion_parameters_take_seconds():
+    began = time.monotonic()
+    command = [sys.executable, "-m", "mllm_jax.cli", "describe", "projector/llava_15:size=13b"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "13.35B" in out
+    assert time.monotonic() - began < 20                # 2 s where nothing else runs; the machine may be shared
+
+
+@pytest.mark.parametrize(("n", "text"), [(712_345, "712,345"), (20_979_712, "21.0M"), (7.06e9, "7.06B")])
+def test_numbers(n, text):
+    assert number(n) == text
+
+
+def test_tables_align():
+    assert list(table([("a", "1"), ("bbb", "22")], right=(1,))) == ["a     1", "bbb  22"]
