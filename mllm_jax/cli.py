@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(args, "overrides"):
         args.overrides = [*args.overrides, *(r for r in rest if "=" in r and not r.startswith("-"))]
         rest = [r for r in rest if r not in args.overrides]
+    # `data preview x -v`: the options of a verb are good after its action as well.
+    args.verbose |= "-v" in rest or "--verbose" in rest
+    rest = [r for r in rest if r not in ("-v", "--verbose")]
     if rest and not rest[0].startswith("-"):
         return fail(args.verb, f"{rest[0]!r} is one argument too many; see mllm-jax {args.verb} --help", 2)
     if rest:

@@ -15,7 +15,10 @@ from typing import Any
 
 from mllm_jax.commands import common
 
-HELP = """Print a recipe's straight line: every shape from the disk to the loss, sizes, and the files to read.
+HELP = """Print the shapes, sizes and work of a recipe.
+
+Every shape from the disk to the loss, the parameters of each part, operations and memory of a step, and the
+files to read, in order.
 
 examples:
   mllm-jax describe first/digits

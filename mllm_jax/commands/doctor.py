@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mllm_jax.commands import common
 
-HELP = """Print versions, devices, memory and known conflicts, and compile a small program.
+HELP = """Check versions, devices, memory and known conflicts.
 
-Exit code 1 if something is broken; warnings alone do not count.
+A small program is compiled and run.  Exit code 1 if something is broken; warnings alone do not count.
 
 examples:
   mllm-jax doctor

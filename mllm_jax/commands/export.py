@@ -5,7 +5,9 @@ from pathlib import Path
 
 from mllm_jax.commands import common
 
-HELP = """Write a run, or imported weights, as a Hugging Face folder that transformers opens.
+HELP = """Write a run as a Hugging Face folder, for transformers.
+
+Imported weights, too, go back into the folder that they came from, byte for byte.
 
 examples:
   mllm-jax export runs/first-digits exported

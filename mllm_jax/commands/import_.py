@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mllm_jax.commands import common
 
-HELP = """Convert a Hugging Face folder into weights of our own, one tensor in memory at a time.
+HELP = """Convert a Hugging Face folder into weights of our own.
 
-Not needed for training: a recipe reads Hugging Face folders itself.  It pays where many machines start
+One tensor is in memory at a time.  Not needed for training: a recipe reads Hugging Face folders itself.  It pays where many machines start
 from the same weights again and again.
 
 examples:

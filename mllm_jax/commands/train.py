@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mllm_jax.commands import common
 
-HELP = """Train a recipe: all stages, evaluation, samples, export and a report.
+HELP = """Train a recipe through all of its stages.
 
-A run that was stopped goes on where its last checkpoint is; --fresh starts it anew.
+Then evaluate it, generate samples, export to a Hugging Face folder and write a report.  A run that was stopped
+goes on where its last checkpoint is; --fresh starts it anew.
 
 examples:
   mllm-jax train first/digits

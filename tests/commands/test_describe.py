@@ -53,7 +53,7 @@ def test_adam_keeps_two_numbers_for_each_trained_one_and_none_for_frozen_ones():
 
 def test_files_are_there_and_as_long_as_said(page):
     listed = re.findall(r"^ +(\d+)  (\S+\.py)$", page, re.M)
-    assert [f for _, f in listed][0] == "configs/projector/llava_15.py"
+    assert listed[0][1] == "configs/projector/llava_15.py"
     order = [next(i for i, (_, f) in enumerate(listed) if f.endswith(x)) for x in (
         "data/views.py", "encoders/vit.py", "connectors/mlp.py", "decoders/transformer.py", "objectives/tokens.py", "train/step.py")]
     assert order == sorted(order)

@@ -78,8 +78,7 @@ def test_memory_where_there_is_no_meminfo():
     assert doctor.memory(lambda: "MemTotal: 2097152 kB\nMemAvailable: 1048576 kB") == "1.0 GiB free of 2.0 GiB"
 
 
-def test_every_extra_of_setup_is_checked():
-    """The lowest versions here are those that the package asks for."""
+def test_the_lowest_versions_are_those_that_the_package_asks_for():
     setup = (Path(__file__).parents[2] / "setup.py").read_text()
     for package, lowest, _ in doctor.LOWEST:
         assert f'"{package}>={lowest}' in setup, package
