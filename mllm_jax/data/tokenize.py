@@ -58,7 +58,7 @@ def encode(
             ids, weights = encode_pair(_caption(example, rng), template, max_len)
             used = range(len(example.media))
         else:
-            turns = example.turns or _caption_turns(example, rng)
+            turns = _turns(example, template, rng)
             _check(turns)
             ids, weights = template.turns(turns)
             used = [part.media for turn in turns for part in turn.parts if part.kind != "text"]
@@ -84,7 +84,7 @@ def encode_prompt(
     if template.pairs:
         raise ConfigError(f"the template {template.name!r} is of pairs, which have no prompt; name a chat format")
     try:
-        turns = example.turns or _caption_turns(example, None)
+        turns = _turns(example, template, None)
         while turns and turns[-1].role == "assistant":
             turns = turns[:-1]
         if not turns:
@@ -173,8 +173,10 @@ def _caption(example: Example, rng: np.random.Generator | None) -> str:
     return captions[0 if rng is None else rng.integers(len(captions))]
 
 
-def _caption_turns(example: Example, rng: np.random.Generator | None) -> tuple[Turn, ...]:
-    """A pair as a conversation: the media, and the caption as the answer."""
+def _turns(example: Example, template: Template, rng: np.random.Generator | None) -> tuple[Turn, ...]:
+    """The conversation; of a pair, or where captions are wanted and there, the media with a caption as the answer."""
+    if example.turns and not (template.name == "caption" and example.captions):
+        return example.turns
     media = tuple(Part(kind=blob.kind, media=i) for i, blob in enumerate(example.media))
     answer = Turn(role="assistant", parts=(Part(text=_caption(example, rng)),))
     return (Turn(role="user", parts=media), answer) if media else (answer,)

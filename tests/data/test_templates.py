@@ -9,7 +9,7 @@ import pytest
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.templates import TEMPLATES, TOKENS, Template, chat_template, encode_pair
-from mllm_jax.data.tokenizer import load_tokenizer
+from mllm_jax.data.tokenizer import load_tokenizer, placeholder
 from mllm_jax.types import Part, Turn
 
 CHATS = ("vicuna_v1", "llama3", "chatml", "plain")
@@ -132,6 +132,29 @@ def test_a_template_that_ignores_the_wish_for_a_prompt_does_not_train_names_of_r
     jinja = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     ids, weights = own_template(tokenizer, jinja).turns(CONVERSATION[2:])
     assert [s.strip() for s in trained(tokenizer, ids, weights)] == ["Yes.</s>"]
+
+
+def test_a_tokenizers_own_template_writes_its_own_placeholder(tmp_path):
+    """As Qwen2-VL's does: typed parts, and a placeholder between two marks."""
+    from transformers import AutoTokenizer
+
+    made = load_tokenizer("bytes", media=(), tokens=("<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
+    made.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, extra_special_tokens={"image_token": "<|image_pad|>"})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+        "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+        "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    ids, weights = Template("tokenizer", tokenizer).turns((turn("user", "<image>", "A <|image_pad|>?"), *CONVERSATION[1:2]))
+    assert tokenizer.decode(ids) == (
+        "user\n<|vision_start|><|image_pad|><|vision_end|>A <|image_pad|>?<|im_end|>\nassistant\nA cat.<|im_end|>\n"
+    )
+    assert ids.tolist().count(placeholder(tokenizer, "image")[1]) == 1
+    assert trained(tokenizer, ids, weights) == ["A cat.<|im_end|>"]
+    # One of our own formats, too, writes the placeholder of the tokenizer.
+    ids, _ = Template("plain", tokenizer).turns(CONVERSATION[:2])
+    assert tokenizer.decode(ids) == "<s><|image_pad|>\nWhat is it?\nA cat.</s>"
 
 
 def test_special_tokens_that_a_user_types_stay_text(tokenizer):

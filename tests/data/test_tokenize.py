@@ -1,6 +1,7 @@
 """One example as a sequence: targets, weights, slots."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,8 +86,6 @@ def test_a_placeholder_that_a_user_typed_is_not_an_image():
 
 
 def test_memory_keeps_one_position_and_later_text_names_its_item():
-    from dataclasses import replace
-
     s = go(example("a", "<image>", "b", "<image>", "c"), towers={"image": replace(TOWER, route="memory")})
     assert text(s.tokens) == "<s>a<image>b<image>c\nyes</s>"
     assert s.slot.tolist() == [-1, -1, 0, 0, 1, 1, 1, 1, 1, 1, 1]
@@ -106,6 +105,12 @@ def test_a_pair_is_a_caption_and_an_image_without_positions():
 def test_a_pair_under_a_chat_format_is_an_image_and_its_caption():
     pair = Example(id="p", media=(Blob(kind="image", data=png()),), captions=("one",))
     assert text(go(pair, "caption").tokens) == "<s>" + "<image>" * 4 + "one\n"
+
+
+def test_the_caption_format_prefers_captions_to_questions():
+    both = example("<image>", "how many?", answer="2", captions=("two cats",))
+    assert text(go(both, "caption").tokens) == "<s>" + "<image>" * 4 + "two cats\n"
+    assert text(go(both, "plain").tokens) == "<s>" + "<image>" * 4 + "how many?\n2</s>"
 
 
 def test_a_prompt_ends_where_the_answer_begins():
@@ -149,8 +154,6 @@ def test_an_example_with_nothing_to_learn_is_bad(bad, reason):
     ],
 )
 def test_a_broken_header_is_found_before_packing(blob, reason):
-    from dataclasses import replace
-
     with pytest.raises(BadExample, match="record 'e' is bad") as caught:
         go(replace(example("<image>"), media=(blob,)))
     assert caught.value.reason == reason
