@@ -87,8 +87,8 @@ def parse(
         media=tuple(media.blobs),
         captions=captions,
         answers=answers,
-        chosen=_continuation(id, raw.get("chosen"), media),
-        rejected=_continuation(id, raw.get("rejected"), media),
+        chosen=_continuation(id, "chosen", raw.get("chosen"), media),
+        rejected=_continuation(id, "rejected", raw.get("rejected"), media),
         kind=str(raw.get("kind") or ""),
         source=source,
         extra=_extra(raw),
@@ -193,17 +193,27 @@ def _messages(id: str, raw: Mapping) -> list[Mapping] | None:
         if (value := _maybe_json(raw.get(key))) is not None:
             if key == "prompt" and isinstance(value, str):
                 return [{"role": "user", "content": value}]
-            if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value) or not value:
-                raise BadExample(id, "malformed", f"{key} must be a list of messages; found {str(value)[:60]!r}")
-            return list(value)
-    if raw.get("texts") is not None and all(isinstance(pair, Mapping) for pair in raw["texts"]):
-        return [{"role": role, "content": pair[role]} for pair in raw["texts"] for role in ("user", "assistant")]
+            return _maps(id, key, value)
+    if raw.get("texts") is not None and not _strings(raw["texts"]):
+        pairs = _maps(id, "texts", raw["texts"])
+        return [{"role": role, "content": pair.get(role)} for pair in pairs for role in ("user", "assistant")]
     for ask, replies in _REPLIES.items():
         if raw.get(ask) is not None:
             question = f"{raw[ask]}\n{raw['input']}" if raw.get("input") else str(raw[ask])
             answers = [answer for key in replies for answer in _texts(raw.get(key) or ())]
             return [{"role": "user", "content": question}, *({"role": "assistant", "content": a} for a in answers[:1])]
     return None
+
+
+def _maps(id: str, key: str, value: Any) -> list[Mapping]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value) or not value:
+        raise BadExample(id, "malformed", f"{key} must be a list of maps, one a turn; found {str(value)[:60]!r}")
+    return list(value)
+
+
+def _strings(value: Any) -> bool:
+    """OBELICS calls its paragraphs `texts` too."""
+    return isinstance(value, (list, tuple)) and all(isinstance(v, (str, type(None))) for v in value)
 
 
 def _turn(id: str, message: Mapping, media: _Media) -> Turn:
@@ -265,12 +275,12 @@ def _front(turn: Turn) -> Turn:
     return Turn(role=turn.role, parts=media + ((Part(text=f"\n{text}"),) if text else ()), weight=turn.weight)
 
 
-def _continuation(id: str, raw: Any, media: _Media) -> tuple[Turn, ...]:
+def _continuation(id: str, key: str, raw: Any, media: _Media) -> tuple[Turn, ...]:
     if raw is None:
         return ()
     if isinstance(raw, str):
         raw = {"role": "assistant", "content": raw}
-    return tuple(_turn(id, message, media) for message in ([raw] if isinstance(raw, Mapping) else raw))
+    return tuple(_turn(id, message, media) for message in _maps(id, key, [raw] if isinstance(raw, Mapping) else raw))
 
 
 def _merge(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -289,6 +299,8 @@ def _merge(parts: Iterable[Part]) -> tuple[Part, ...]:
 def _texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, (str, int, float)):
         return (str(value),)
+    if not isinstance(value, (list, tuple)):
+        return ()
     return tuple(str(v.get("text", v.get("answer"))) if isinstance(v, Mapping) else str(v) for v in value)
 
 

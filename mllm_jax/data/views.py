@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.config import ConfigError, config, nearest
-from mllm_jax.data.images import load_image
+from mllm_jax.data.images import MAX_PIXELS, load_image
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Change = Callable[[np.ndarray], np.ndarray]
@@ -86,6 +86,8 @@ class Square(View):
 
     def exactly(self, image: Image.Image) -> np.ndarray:
         tall, wide = self.scaled(image.height, image.width)
+        if tall * wide > MAX_PIXELS:    # a hair of 8 x 100000 pixels: what would be cropped does not fit in memory
+            return self.quickly(image, image.height, image.width)
         left, top = (wide - self.size) // 2, (tall - self.size) // 2
         image = image.resize((wide, tall), RESAMPLE[self.resample])
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
@@ -114,6 +116,8 @@ class Pad(View):
 
     def exactly(self, image: Image.Image) -> np.ndarray:
         side = max(image.size)
+        if side * side > MAX_PIXELS:    # a hair of 8 x 100000 pixels: its square does not fit in memory
+            return self.quickly(image, image.height, image.width)
         canvas = Image.new("RGB", (side, side), self.fill)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return np.asarray(canvas.resize((self.size, self.size), RESAMPLE[self.resample]))

@@ -114,6 +114,14 @@ def test_change_is_applied_before_the_view():
         assert np.abs(flipped[:, ::-1].astype(int) - plain).max() <= 1
 
 
+@pytest.mark.parametrize("view", [Square(size=336), Square(size=336, crop=True), Pad(size=336)])
+def test_a_hair_does_not_fill_the_memory(view):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 60_000), (9, 9, 9)).save(out, "PNG")
+    for exact in (True, False):         # cropped or padded as published, it would take 2 and 11 gigabytes
+        assert (view.pixels(out.getvalue(), exact=exact)[:, 167] == 9).all()
+
+
 def test_padding_is_centred_and_has_the_colour():
     out = Pad(size=40, fill=(1, 2, 3)).quickly(Image.new("RGB", (40, 20), (200, 200, 200)), 20, 40)
     assert (out[:10] == [1, 2, 3]).all() and (out[10:30] == 200).all() and (out[30:] == [1, 2, 3]).all()
