@@ -7,7 +7,7 @@ import numpy as np
 
 from mllm_jax.evaluation.html import Raw, text
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 220, 46, 10, 10, 26
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 370, 210, 44, 10, 10, 26
 POINTS = 240                            # more of them are averaged in groups
 
 
@@ -24,17 +24,17 @@ def curve(steps: Sequence[float], values: Sequence[float], *, label: str) -> Raw
     low = low if log or low > 0.4 * high else min(low, 0.0)
     place = (lambda v: np.log10(np.maximum(v, 1e-12))) if log else (lambda v: v)
     ticks = _decades(low, high) if log else _ticks(low, high)
-    bottom, top = place(np.float64(min(low, ticks[0]))), place(np.float64(max(high, ticks[-1])))
+    bottom, top = place(np.float64(ticks[0])), place(np.float64(ticks[-1]))
     first, last = x[0], max(x[-1], x[0] + 1)
-    at_x = lambda v: LEFT + (v - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-    at_y = lambda v: TOP + (top - place(np.clip(v, low, high))) / max(top - bottom, 1e-12) * (HEIGHT - TOP - BOTTOM)
+    at_x = lambda v: LEFT + np.clip((v - first) / (last - first), 0, 1) * (WIDTH - LEFT - RIGHT)
+    at_y = lambda v: TOP + (top - place(np.clip(v, ticks[0], ticks[-1]))) / max(top - bottom, 1e-12) * (HEIGHT - TOP - BOTTOM)
     path = lambda v: "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(at_x(x), at_y(v), strict=True))
     rows = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(np.float64(t)):.1f}" y2="{at_y(np.float64(t)):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{at_y(np.float64(t)) + 4:.1f}" text-anchor="end">{t:.4g}</text>' for t in ticks)
     columns = "".join(
         f'<text x="{at_x(t):.1f}" y="{HEIGHT - 8}" text-anchor="{"end" if t == xs[-1] and at_x(t) > WIDTH - 40 else "middle"}">{t:,.0f}</text>'
-        for xs in [_ticks(first, last, 5)] for t in xs if first <= t <= last)
+        for xs in [_ticks(first, last, 5)] for t in xs if t <= last + 0.02 * (last - first))
     return Raw(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}"><title>{text(label)}</title>{rows}{columns}'
         f'<path class="raw" d="{path(y)}"/><path class="line" d="{path(smooth)}"/></svg>')

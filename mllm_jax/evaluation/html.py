@@ -15,19 +15,19 @@ def text(value: object) -> str:
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, numbers: bool = True) -> Raw:
     """A table whose first column is text and, with `numbers`, whose others are aligned at the right."""
     kind = "numbers" if numbers else "words"
-    top = "".join(f"<th>{text(h)}</th>" for h in head)
+    top = "".join(h if isinstance(h, Cell) else f"<th>{text(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(c if isinstance(c, Cell) else f"<td>{text(c)}</td>" for c in row) + "</tr>" for row in rows)
     return Raw(f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 class Cell(str):
-    """A whole `<td>`."""
+    """A whole `<td>` or `<th>`."""
 
 
-def share(value: float, note: str = "", *, plain: bool = False) -> Cell:
+def share(value: float, note: str = "") -> Cell:
     """A cell with a part of one as percent, and a bar of that length behind it."""
-    inside = f"{percent(value)}{f' <small>{text(note)}</small>' if note else ''}"
-    return Cell(f"<td>{inside}</td>" if plain else f'<td class="share" style="--part:{100 * value:.1f}%"><span>{inside}</span></td>')
+    inside = f"{percent(value)}{f' &nbsp;<small>{text(note)}</small>' if note else ''}"
+    return Cell(f'<td class="share" style="--part:{100 * value:.1f}%"><span>{inside}</span></td>')
 
 
 def percent(value: float) -> str:
@@ -77,12 +77,12 @@ section { margin: 2.4rem 0 0; } .note { color: var(--soft); margin: .1rem 0 .8re
 th { color: var(--soft); font-weight: 500; font-size: .84rem; text-align: left; vertical-align: bottom; }
 th, td { padding: .34rem .8rem .34rem 0; border-bottom: 1px solid var(--line); }
 .numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: .34rem 0 .34rem .8rem; white-space: nowrap; }
-tr.total td { font-weight: 600; } td.share { min-width: 11rem; }
+.numbers th.share, .numbers td.share { text-align: left; padding-left: 1.6rem; } td.share { min-width: 11rem; }
 td.share span { display: block; padding: .05rem .4rem; border-radius: 3px;
   background: linear-gradient(to right, var(--tint) var(--part), transparent var(--part)); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .9rem; }
 figure { margin: 0; padding: .8rem .9rem .5rem; } figcaption { display: flex; justify-content: space-between; gap: .6rem; align-items: baseline; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .raw { stroke: var(--main); opacity: .3; } svg .line { stroke: var(--main); stroke-width: 1.8; }
 svg path { fill: none; } .heat { border-collapse: separate; border-spacing: 2px; width: auto; }
 .heat td, .heat th { border: 0; padding: 0; width: 2.5rem; height: 1.9rem; text-align: center; vertical-align: middle; border-radius: 3px; }
@@ -91,7 +91,7 @@ svg path { fill: none; } .heat { border-collapse: separate; border-spacing: 2px;
 @media (prefers-color-scheme: dark) { .heat td.strong { color: #0d1116; } }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.5rem, 1fr)); gap: .9rem; }
 .card { overflow: hidden; break-inside: avoid; display: flex; flex-direction: column; }
-.card .picture { background: #fff; border-bottom: 1px solid var(--line); }
+.card .picture { background: var(--back); border-bottom: 1px solid var(--line); }
 .card img { display: block; width: 100%; height: 8.5rem; object-fit: contain; image-rendering: pixelated; }
 .card div.words { padding: .6rem .8rem .8rem; overflow-wrap: anywhere; } .card p { margin: .2rem 0; }
 .card .kind { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft); }
@@ -102,6 +102,9 @@ details { margin-top: .6rem; } summary { cursor: pointer; color: var(--main); }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; font-size: .8rem;
   line-height: 1.4; }
 @media print { :root { --back: #fff; } main { max-width: none; padding: 0; } body { font-size: 11pt; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } figure, .tile, tr { break-inside: avoid; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  figure, .tile, tr, .heat { break-inside: avoid; } h2, .note { break-after: avoid; } .tiles { grid-template-columns: repeat(4, 1fr); }
+  .scroll { overflow: visible; } table { font-size: 8pt; } th { font-size: 7.5pt; } section { margin-top: 1.4rem; }
+  .numbers th:not(:first-child), .numbers td:not(:first-child) { padding-left: .3rem; } td.share { min-width: 7rem; }
   .cards { grid-template-columns: repeat(4, 1fr); } .charts { grid-template-columns: repeat(2, 1fr); } details { display: none; } }
 """

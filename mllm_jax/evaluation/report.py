@@ -94,8 +94,7 @@ def _kinds(metrics: Tree, answers: Tree) -> Raw | None:
     if not kinds:
         return None
     baselines = metrics.get("baselines") or answers.get("baselines") or {}
-    names = [b for b in [*BASELINES, *baselines] if baselines.get(b) is not None]
-    names = list(dict.fromkeys(names))
+    names = [b for b in dict.fromkeys([*BASELINES, *baselines]) if baselines.get(b) is not None]
     each, table_of = answers.get("baselines_by_kind", {}), answers.get("kinds", {})
 
     def row(kind: str, value: float) -> list[object]:
@@ -104,20 +103,22 @@ def _kinds(metrics: Tree, answers: Tree) -> Raw | None:
         others = [percent(each[b][kind]) if kind in each.get(b, {}) else "–" for b in names]
         return [kind or "(no kind)", f"{more['n']:,}" if "n" in more else "–", share(value, interval), *others]
 
-    all_kinds = ["all kinds", f"{answers['n']:,}" if "n" in answers else "–"]
+    all_kinds: list[object] = [Raw("<b>all kinds</b>"), f"{answers['n']:,}" if "n" in answers else "–"]
     if (hit := metrics.get("exact_match", answers.get("exact_match"))) is not None:
         low, high = answers.get("ci95", (None, None))
         all_kinds.append(share(hit, f"{100 * low:.0f}–{100 * high:.0f}" if low is not None else ""))
         all_kinds += [percent(baselines[b]) for b in names]
     rows = [row(kind, value) for kind, value in kinds.items()]
-    rows += [[Cell(f"<td><b>{all_kinds[0]}</b></td>"), *all_kinds[1:]]] if len(all_kinds) > 2 else []
+    rows += [all_kinds] if len(all_kinds) > 2 else []
     origin = answers.get("most_frequent_from")
-    note = "Exact match on examples that were not trained on; the interval is 95 %, by bootstrap. "
+    source = answers.get("task", {}).get("source")
+    note = f"Exact match{f' on {source}' if source else ''}; the interval is 95 %, by bootstrap. "
     if "most_frequent" in names:
         note += f"The most frequent answer of each kind comes from {origin or 'the answers'}. "
     if "shuffled_image" in names or "blank_image" in names:
         note += "Shuffled: the same model is shown another example's images. Blank: grey ones of the same size."
-    return section("What it answers", table(["kind", "examples", "this model", *(BASELINES.get(b, b) for b in names)], rows), note=note)
+    head = ["kind", "examples", Cell('<th class="share">this model</th>'), *(BASELINES.get(b, b) for b in names)]
+    return section("What it answers", table(head, rows), note=note)
 
 
 def _confusion(answers: Tree) -> Raw | None:
@@ -196,7 +197,7 @@ def _samples(samples: Sequence[Tree]) -> Raw | None:
             f'<p>{text(s["question"])}</p><dl><dt>model</dt><dd>{text(s["prediction"] or "(nothing)")}</dd>'
             f'<dt>truth</dt><dd>{text(truth)}</dd></dl></div></article>')
     return section("Samples", Raw(f'<div class="cards">{"".join(cards)}</div>'),
-                   note=f"{right} of these {len(cards)} are right; they were chosen before they were answered.")
+                   note=f"{right} of these {len(cards)} are right.")
 
 
 def _details(recipe: Tree, stages: Tree) -> Raw:
