@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+# getrusage would not do: on Linux its maximum goes on counting from that of the parent.
 CHILD = """
-import resource, sys
+import sys
 import mllm_jax.hf.convert as convert
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+before = status("VmRSS")
 convert.convert_folder(sys.argv[1], sys.argv[2], sys.argv[3])
 assert "torch" not in sys.modules
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(status("VmHWM") - before)
 """
 
 
@@ -31,10 +33,10 @@ def make(folder: Path, megabytes: int) -> int:
     from mllm_jax.hf.export import write_hf
     from mllm_jax.hf.families import family
 
-    # 8 parts of embedding and head to 92 of layers, as in a model of some billions of parameters.
-    width = 64 * max(1, round((megabytes * 1e6 / 4 / 60) ** 0.5 / 64))
-    config = {"model_type": "llama", "vocab_size": 4 * width, "hidden_size": width, "intermediate_size": 3 * width,
-              "num_attention_heads": width // 64, "num_key_value_heads": width // 64, "num_hidden_layers": 4}
+    vocab, width = 32_000, 64 * max(1, round(0.57 * megabytes**0.5))
+    depth = max(1, round((megabytes * 1e6 / 4 - 2 * vocab * width) / (13 * width**2)))
+    config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": width, "intermediate_size": 3 * width,
+              "num_attention_heads": width // 64, "num_key_value_heads": width // 64, "num_hidden_layers": depth}
     llama = family("llama")
     links = llama.links(llama.config(config, {}))
     rng = np.random.default_rng(0)
@@ -51,6 +53,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as tmp:
+        if not Path("/proc/self/status").exists():
+            sys.exit("the peak is read from /proc/self/status, which only Linux has")
         source, native, back = (Path(tmp) / n for n in ("source", "native", "back"))
         largest = make(source, args.megabytes)
         total = sum(f.stat().st_size for f in source.glob("*.safetensors"))

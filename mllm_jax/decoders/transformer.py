@@ -12,7 +12,7 @@ from mllm_jax.nn.attention import LayerCache
 from mllm_jax.nn.block import Block
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param
-from mllm_jax.nn.position import Rope
+from mllm_jax.nn.position import Llama3Scaling, Rope
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain
 from mllm_jax.types import Batch, Mean, struct
@@ -39,7 +39,8 @@ class DecoderConfig(BlockConfig):
 
 LLAMA = DecoderConfig(vocab=32_000, width=4096, depth=32, heads=32, mlp=11_008, norm=RMSNorm(eps=1e-5))
 VICUNA_7B, VICUNA_13B = LLAMA, replace(LLAMA, width=5120, depth=40, heads=40, mlp=13_824)
-LLAMA_3_1_8B = replace(LLAMA, vocab=128_256, kv_heads=8, mlp=14_336, rope=Rope(theta=5e5))
+LLAMA_3_1_8B = replace(
+    LLAMA, vocab=128_256, kv_heads=8, mlp=14_336, rope=Rope(theta=5e5, scaling=Llama3Scaling()))
 MISTRAL_7B = replace(LLAMA, kv_heads=8, mlp=14_336)
 QWEN2_7B = DecoderConfig(
     vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, mlp=18_944, qkv_bias=True, rope=Rope(theta=1e6))

@@ -28,7 +28,7 @@ DTYPES = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
-SLAB = 16 << 20                         # bytes that are put into order at once when writing
+SLAB = 8 << 20                          # bytes that are put into order at once when writing
 MAX_HEADER = 100_000_000                # as in the safetensors package
 INDEX = "model.safetensors.index.json"
 NATIVE = "params.safetensors"           # our own paths and stacked layers, see convert.py

@@ -86,7 +86,7 @@ def stored_bytes(folder: Path) -> dict:
 
 
 def test_peak_memory_is_at_most_two_tensors(tmp_path):
-    """200 MB of random weights, largest tensor 33 MB; benchmarks/convert_memory.py does the same with 2 GB."""
+    """200 MB of random weights, largest tensor 66 MB; benchmarks/convert_memory.py does the same with 2 GB."""
     command = [sys.executable, str(ROOT / "benchmarks" / "convert_memory.py"), "--megabytes", "200", "--folder", str(tmp_path)]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     out = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
