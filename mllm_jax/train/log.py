@@ -62,6 +62,8 @@ class Log:
             from tensorboardX import SummaryWriter
 
             self.file = open(self.folder / "log.jsonl", "a")
+            if not self.quiet:
+                self.bar.begin()
             self.board = SummaryWriter(str(self.folder / "tb"), purge_step=self.start + 1 if self.start else None)
         return self
 
@@ -164,9 +166,16 @@ class Bar:
         self.title, self.total, self.stream, self.clock = title, total, stream, clock
         self.redraws = stream.isatty()
         self.marks = {start + 1, total, *(round(total * i / lines) for i in range(1, lines + 1))}
-        self.recent: deque[tuple[int, float]] = deque([(start, clock())], maxlen=33)     # (step, time): the rate of late
+        # (step, time) of late; from the first step on, so that compiling does not count.
+        self.recent: deque[tuple[int, float]] = deque(maxlen=33)
         self.drawn = -math.inf
         self.text = ""
+
+    def begin(self) -> None:
+        """Says on a terminal that something happens, until the first step is done."""
+        if self.redraws:
+            self.text = f"{self.title:<12} starting"
+            self._draw()
 
     def update(self, step: int, numbers: Mapping[str, float]) -> None:
         now = self.clock()
@@ -174,14 +183,17 @@ class Bar:
         if self.redraws and now - self.drawn < 0.1 and step != self.total or not self.redraws and step not in self.marks:
             return
         (first, then), self.drawn = self.recent[0], now
-        rate = (step - first) / max(now - then, 1e-9)
-        left = (self.total - step) / max(rate, 1e-9)
-        loss = f"loss {numbers['loss']:.4f}  " if "loss" in numbers else ""
-        tokens = f"{short(numbers['tokens_per_s'])} tokens/s  " if numbers.get("tokens_per_s") else ""
-        speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s/step"
+        loss = f"  loss {numbers['loss']:.4f}" if "loss" in numbers else ""
+        speed = ""
+        if step > first:
+            seconds = (now - then) / (step - first)
+            speed = f"  {1 / seconds:.1f} steps/s" if 0 < seconds <= 1 else f"  {seconds:.1f} s/step"
+            speed += f"  {duration((self.total - step) * seconds)} left"
         done = round(16 * step / self.total)
-        self.text = (f"{self.title:<12} {'━' * done}{'╌' * (16 - done)} {step}/{self.total}  "
-                     f"{loss}{speed}  {tokens}{duration(left)} left")
+        self.text = f"{self.title:<12} {'━' * done}{'╌' * (16 - done)} {step}/{self.total}{loss}{speed}"
+        self._draw()
+
+    def _draw(self) -> None:
         self.stream.write(f"\r\x1b[2K{self.text}" if self.redraws else self.text + "\n")
         self.stream.flush()
 

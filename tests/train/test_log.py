@@ -90,6 +90,8 @@ def test_without_a_terminal_a_stage_is_a_few_lines(tmp_path):
     run(tmp_path, range(1, 1001), total=1000, stream=out)
     lines = out.getvalue().splitlines()
     assert len(lines) == 5
+    assert "steps/s" not in lines[0]                    # one step has no rate, and compiling must not count
+    assert "1.0 steps/s  12:30 left" in lines[1]        # a step looks twice at this clock: 750 s for 750 steps
     assert "1000/1000" in lines[-1] and "loss 1000.0000" in lines[-1] and "0 s left" in lines[-1]
 
 
@@ -111,7 +113,7 @@ def test_a_terminal_sees_one_line_redrawn(tmp_path):
     out = Terminal()
     run(tmp_path, range(1, 11), stream=out)
     assert out.getvalue().count("\n") == 1
-    assert out.getvalue().count("\r") == 10
+    assert out.getvalue().count("\r") == 11             # "starting", and ten steps
     assert "left" in out.getvalue()
 
 
