@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mllm_jax.nn.attention import LayerCache, attend
+from mllm_jax.nn.visibility import Visibility
+
+B, S, H, K = 2, 24, 6, 8
+
+
+def qkv(groups, s=S):
+    keys = jax.random.split(jax.random.key(groups), 3)
+    return [jax.random.normal(key, (B, s, n, K)) for key, n in zip(keys, (H, groups, groups))]
+
+
+def packed():
+    """Two rows of packed examples with padding; in the first, a bidirectional span at positions 3-6."""
+    segments = jnp.array([[1] * 10 + [2] * 9 + [0] * 5, [1] * 24])
+    order = jnp.broadcast_to(jnp.arange(S), (B, S)).at[0, 3:7].set(6)
+    return Visibility(segments=segments, order=order, key_segments=segments, key_order=order)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_grouped_queries_are_those_of_jax_and_torch(torch, groups):
+    q, k, v = qkv(groups)
+    np.testing.assert_allclose(attend(q, k, v, None), jax.nn.dot_product_attention(q, k, v), atol=2e-6)
+    sees = packed()
+    real = np.asarray(sees.segments) > 0
+    want = jax.nn.dot_product_attention(q, k, v, mask=sees.mask()[:, None])
+    np.testing.assert_allclose(np.asarray(attend(q, k, v, sees))[real], np.asarray(want)[real], atol=2e-6)
+    theirs = [torch.tensor(np.asarray(x)).transpose(1, 2) for x in (q, k, v)]
+    mask = torch.tensor(np.asarray(sees.mask() | ~sees.segments.astype(bool)[:, :, None])[:, None])
+    want = torch.nn.functional.scaled_dot_product_attention(*theirs, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    np.testing.assert_allclose(np.asarray(attend(q, k, v, sees))[real], want.numpy()[real], atol=2e-6)
+
+
+def test_gradients_are_those_of_jax():
+    q, k, v = qkv(2)
+    sees = packed()
+    weight = jax.random.normal(jax.random.key(9), (B, S, H, K)) * (sees.segments > 0)[..., None, None]
+    ours = jax.grad(lambda *a: jnp.sum(attend(*a, sees) * weight), (0, 1, 2))(q, k, v)
+    want = jax.grad(lambda *a: jnp.sum(jax.nn.dot_product_attention(*a, mask=sees.mask()[:, None]) * weight), (0, 1, 2))(q, k, v)
+    for a, b in zip(ours, want):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_segment_sees_itself_alone():
+    """Packed equals unpacked, and the other example may hold anything."""
+    q, k, v = qkv(2)
+    first = slice(0, 10)
+    alone = attend(q[:1, first], k[:1, first], v[:1, first], cut(packed(), first))
+    np.testing.assert_allclose(attend(q, k, v, packed())[:1, first], alone, atol=1e-6)
+    other = attend(q, k.at[0, 10:].set(1e3), v.at[0, 10:].set(1e3), packed())
+    np.testing.assert_array_equal(other[0, first], attend(q, k, v, packed())[0, first])
+    assert jnp.isfinite(other).all()                            # padding too
+
+
+def cut(sees, part):
+    return Visibility(segments=sees.segments[:1, part], order=sees.order[:1, part],
+                      key_segments=sees.key_segments[:1, part], key_order=sees.key_order[:1, part])
+
+
+def test_who_sees_whom():
+    sees = np.asarray(packed().mask()[0])
+    assert sees[2].nonzero()[0].tolist() == [0, 1, 2]                   # causal
+    assert sees[4].nonzero()[0].tolist() == [0, 1, 2, 3, 4, 5, 6]       # the whole span, and not position 7
+    assert sees[11].nonzero()[0].tolist() == [10, 11]                   # its own example
+    assert not sees[20].any() and not sees[:, 20].any()                 # padding
+
+
+def test_a_cache_keeps_what_was_written():
+    cache = LayerCache(k=jnp.zeros((3, B, 8, 2, K)), v=jnp.zeros((3, B, 8, 2, K)), layer=jnp.array(1), index=jnp.array(5))
+    _, k, v = qkv(2, s=2)
+    new = cache.write(k, v)
+    np.testing.assert_array_equal(new.read()[0][:, 5:7], k)
+    np.testing.assert_array_equal(new.read()[1][:, 5:7], v)
+    assert float(jnp.abs(new.k).sum()) == pytest.approx(float(jnp.abs(k).sum()))
