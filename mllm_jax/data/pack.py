@@ -1,13 +1,13 @@
 """Sequences -> rows of fixed length, several in a row, each with its media.
 
-First fit into a group of open rows: a sequence goes into the first row with room for its positions and its
-media; when it fits nowhere, the group is closed and emitted, and the next begins with that sequence.  The state is
-therefore small and exact: where the group began, and how many of its rows are out.  Restoring packs one
-group again, which is cheap, because media are still encoded bytes or paths.
+Sequences are gathered until they are worth some 32 rows, and packed together, the largest first, each into the first
+row with room for its positions and its media.  The rows come out in the order of arrival.  The state is therefore
+small and exact: where the group began, and how many of its rows are out.  Restoring packs one group again, which is
+cheap, because media are still encoded bytes or paths.
 
-Grain has such a packer (`FirstFitPackIterDataset`, the same grouping and the same state).  It copies features
-into buffers and cannot re-base `slot` to the row's fixed layout, so the row would be built a second time from
-its meta-features; these lines are shorter than that.
+Grain has such a packer (`FirstFitPackIterDataset`, with the same state).  It copies features into buffers and cannot
+re-base `slot` to the row's fixed layout, so the row would be built a second time from its meta-features; and it takes
+sequences as they come, which fills less: 89 % of rows of 2,048 with up to three images of 576 tokens, against 93 % here.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -118,24 +118,24 @@ class Packer(Iterator[Row]):
 
     Args:
       pack: False puts each sequence into a row of its own.
-      bins: open rows; more of them fill better and take more memory (32 fill 97 % of LLaVA-like data).
+      rows: about as many rows are packed together; more fill better and take more memory.
 
     Raises:
       BadExample: a sequence that does not fit into an empty row (RowSpec.check).
     """
 
-    def __init__(self, entries: Iterator[Entry], spec: RowSpec, *, pack: bool = True, bins: int = 32):
-        self.entries, self.spec, self.bins = entries, spec, bins if pack else 1
-        self.most = None if pack else 1         # examples in a row
-        self._start(self._where())
+    def __init__(self, entries: Iterator[Entry], spec: RowSpec, *, pack: bool = True, rows: int = 32):
+        self.entries, self.spec, self.pack, self.size = entries, spec, pack, rows
+        self._limit = {"": spec.seq_len} | {m: s.items for m, s in spec.media.items()}
+        self._begin(self._where())
 
     def __next__(self) -> Row:
-        if not self._rows:
-            self._fill()
-        row = _row(self._rows[self._next], self.spec)
+        if not self._group:
+            self._group = self._fill()
+        row = _row(self._group[self._next], self.spec)
         self._next += 1
-        if self._next == len(self._rows):
-            self._start(self._after, self._ahead)
+        if self._next == len(self._group):
+            self._begin(self._after, self._ahead)
         return row
 
     def get_state(self) -> dict[str, Any]:
@@ -143,53 +143,92 @@ class Packer(Iterator[Row]):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.entries.set_state(state["entries"])
-        self._start(state["entries"])
+        self._begin(state["entries"])
         if state["next"]:
-            self._fill()
-            self._next = state["next"]
+            self._group, self._next = self._fill(), state["next"]
+
+    def _begin(self, before: Any, ahead: Entry | None = None) -> None:
+        self._group: list[list[Entry]] = []
+        self._next = 0
+        self._before, self._after = before, None        # state of `entries` where this group and the next one begin
+        self._ahead = ahead                             # was read, and fitted nowhere in the group before
 
     def _where(self) -> Any:
         return self.entries.get_state() if hasattr(self.entries, "get_state") else None
 
-    def _start(self, before: Any, ahead: Entry | None = None) -> None:
-        self._rows: list[list[Entry]] = []
-        self._next = 0
-        self._before, self._after = before, None        # state of `entries` where this group and the next one begin
-        self._ahead = ahead                             # read already, did not fit into the group before
-
-    def _fill(self) -> None:
-        """Packs one group."""
-        rows, room = [], []
+    def _read(self) -> Entry | None:
         entry, self._ahead = self._ahead, None
-        while True:
-            if entry is None:
-                before = self._where()
-                entry = next(self.entries, None)
-                if entry is None:
-                    break
+        if entry is None:
+            entry = next(self.entries, None)
+            if entry is not None:
                 self.spec.check(entry.sequence)
-            need = {"": len(entry.sequence), **_counts(entry.sequence)}
-            place = next((i for i, left in enumerate(room) if all(left[k] >= n for k, n in need.items())), None)
-            if place is None:
-                if len(rows) == self.bins:
-                    self._ahead = entry
-                    break
-                place = len(rows)
-                rows.append([])
-                room.append({"": self.spec.seq_len} | {m: s.items for m, s in self.spec.media.items()})
-            rows[place].append(entry)
-            room[place] = {k: left - need.get(k, 0) for k, left in room[place].items()}
-            if self.most:
-                room[place][""] = 0
-            entry = None
-        if not rows:
+        return entry
+
+    def _fill(self) -> list[list[Entry]]:
+        """The entries of the rows of the next group."""
+        if not self.pack:
+            entry = self._read()
+            if entry is None:
+                raise StopIteration
+            self._after = self._where()
+            return [[entry]]
+        gathered: list[tuple[float, int, Entry]] = []
+        total: dict[str, int] = {}
+        while self._part(total) < self.size and (entry := self._read()) is not None:
+            need = _need(entry.sequence)
+            total = {k: total.get(k, 0) + need.get(k, 0) for k in total | need}
+            gathered.append((-self._part(need), len(gathered), entry))
+        if not gathered:
             raise StopIteration
-        self._rows, self._after = rows, before
+        rows = _Rows(self._limit)
+        for _, order, entry in sorted(gathered, key=lambda g: g[:2]):
+            rows.put(order, entry, grow=True)
+        order = len(gathered)
+        while True:                     # what is left of the rows is filled in order of arrival
+            self._after = self._where()
+            entry = self._read()
+            if entry is None or not rows.put(order, entry, grow=False):
+                self._ahead = entry
+                return rows.sorted()
+            order += 1
+
+    def _part(self, need: Mapping[str, int]) -> float:
+        """Rows that this much is worth."""
+        return max((n / self._limit[k] if n else 0.0 for k, n in need.items()), default=0.0)
 
 
-def pack(sequences: Iterable[Sequence], spec: RowSpec, *, bins: int = 32) -> Iterator[Row]:
+class _Rows:
+    """Open rows: (order of arrival, entry) of each, and the room that is left in it."""
+
+    def __init__(self, limit: Mapping[str, int]):
+        self.limit = limit
+        self.rows: list[list[tuple[int, Entry]]] = []
+        self.room: list[dict[str, int]] = []
+
+    def put(self, order: int, entry: Entry, *, grow: bool) -> bool:
+        """Whether the entry found a place: the first row with room, or a new one if the rows may grow."""
+        need = _need(entry.sequence)
+        fits = (i for i, left in enumerate(self.room) if all(left[k] >= n for k, n in need.items()))
+        place = next(fits, len(self.rows))
+        if place == len(self.rows):
+            if not grow:
+                return False
+            self.rows.append([])
+            self.room.append(dict(self.limit))
+        self.rows[place].append((order, entry))
+        for k, n in need.items():
+            self.room[place][k] -= n
+        return True
+
+    def sorted(self) -> list[list[Entry]]:
+        """By arrival: otherwise the longest examples would always be trained on first."""
+        rows = sorted((sorted(row, key=lambda e: e[0]) for row in self.rows), key=lambda row: row[0][0])
+        return [[entry for _, entry in row] for row in rows]
+
+
+def pack(sequences: Iterable[Sequence], spec: RowSpec, *, rows: int = 32) -> Iterator[Row]:
     """Rows of any sequences, without state; for statistics, previews and tests."""
-    return Packer((Entry(sequence=s) for s in sequences), spec, bins=bins)
+    return Packer((Entry(sequence=s) for s in sequences), spec, rows=rows)
 
 
 def one_row(sequence: Sequence, spec: RowSpec) -> Row:
@@ -243,6 +282,11 @@ def _row(entries: list[Entry], spec: RowSpec) -> Row:
         tokens=tokens, targets=targets, weights=weights, segments=segments, positions=positions, kinds=kinds,
         blocks=blocks, slots=slots, media=tuple(media), entries=tuple(entries),
     )  # fmt: skip
+
+
+def _need(sequence: Sequence) -> dict[str, int]:
+    """What a sequence takes of a row: positions under "", and media."""
+    return {"": len(sequence)} | _counts(sequence)
 
 
 def _counts(sequence: Sequence) -> dict[str, int]:

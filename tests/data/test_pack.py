@@ -60,7 +60,7 @@ class Entries:
 
 def test_packed_rows_hold_every_sequence_once_and_unchanged():
     given = {s.id: s for s in sequences(300)}
-    rows = list(pack(given.values(), SPEC, bins=8))
+    rows = list(pack(given.values(), SPEC, rows=8))
     seen = []
     for row in rows:
         for segment, entry in enumerate(row.entries, start=1):
@@ -83,7 +83,7 @@ def test_a_packed_segment_equals_the_unpacked_row_of_its_sequence():
 
 
 def test_no_image_is_far_from_its_text():
-    for row in pack(sequences(300), SPEC, bins=8):
+    for row in pack(sequences(300), SPEC, rows=8):
         slots = row.slots["image"]
         assert len(row.media) <= 3
         for place in row.media:
@@ -112,12 +112,12 @@ def test_first_fit_fills_rows():
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_packer_restored_at_any_row_goes_on_the_same(packed):
-    packer, states, rows = Packer(Entries(sequences(40)), SPEC, pack=packed, bins=4), [], []
+    packer, states, rows = Packer(Entries(sequences(40)), SPEC, pack=packed, rows=4), [], []
     for _ in range(30):
         states.append(json.loads(json.dumps(packer.get_state())))
         rows.append(next(packer))
     for start in (0, 1, 3, 4, 5, 17, 29):
-        again = Packer(Entries(sequences(40)), SPEC, pack=packed, bins=4)
+        again = Packer(Entries(sequences(40)), SPEC, pack=packed, rows=4)
         again.set_state(states[start])
         for row in rows[start:]:
             other = next(again)
