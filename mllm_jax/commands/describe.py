@@ -229,8 +229,6 @@ def parameters(stages: Mapping[str, Planned]) -> Iterator[tuple[str, ...]]:
 
 
 def work(stages: Mapping[str, Planned]) -> Iterator[tuple[str, ...]]:
-    from mllm_jax.train.log import short
-
     each = lambda f: map(f, stages.values())
     gib = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**27 else f"{n / 2**20:.1f} MiB"
     yield "", *stages
@@ -308,6 +306,15 @@ def number(n: int) -> str:
     if n < 1e6:
         return f"{n:,}"
     return f"{n / 1e6:.1f}M" if n < 1e9 else f"{n / 1e9:.2f}B"
+
+
+def short(x: float) -> str:
+    """"950", "12.3k", "4.5M", "7.1G": three digits and a letter."""
+    for letter in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(x) < 999.5 or letter == "E":
+            return f"{x:.3g}{letter}"
+        x /= 1000
+    raise AssertionError
 
 
 def table(rows: Iterator[tuple[str, ...]], *, indent: str = "", right: Any = ()) -> Iterator[str]:

@@ -215,12 +215,3 @@ def duration(seconds: float) -> str:
     if s < 60:
         return f"{s} s"
     return f"{s // 60}:{s % 60:02d}" if s < 3600 else f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
-
-
-def short(x: float) -> str:
-    """"950", "12.3k", "4.5M", "7.1G": three digits and a letter."""
-    for letter in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(x) < 999.5 or letter == "E":
-            return f"{x:.3g}{letter}"
-        x /= 1000
-    raise AssertionError

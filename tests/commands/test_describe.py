@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_jax.commands.describe import Planned, batch_of, describe, number, table
+from mllm_jax.commands.describe import Planned, batch_of, describe, number, short, table
 from mllm_jax.config import ConfigError, load
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +93,8 @@ def test_numbers(n, text):
 
 def test_tables_align():
     assert list(table([("a", "1"), ("bbb", "22")], right=(1,))) == ["a     1", "bbb  22"]
+
+
+@pytest.mark.parametrize(("x", "text"), [(950, "950"), (999.7, "1k"), (12_300, "12.3k"), (7.06e9, "7.06G")])
+def test_short_numbers(x, text):
+    assert short(x) == text

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mllm_jax.train.log import Log, duration, short, to_numbers
+from mllm_jax.train.log import Log, duration, to_numbers
 from mllm_jax.types import Mean
 
 
@@ -136,8 +136,3 @@ def test_long_stages_write_a_bounded_file(tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(45.2, "45 s"), (200, "3:20"), (7500, "2:05:00")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("x", "text"), [(950, "950"), (999.7, "1k"), (12_300, "12.3k"), (7.06e9, "7.06G")])
-def test_short_numbers(x, text):
-    assert short(x) == text
