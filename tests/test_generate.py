@@ -106,8 +106,8 @@ def run(graph, batch, params, sampling, stops=(), keys=None):
 def test_cached_tokens_are_those_of_the_whole_row_computed_anew(model, examples):
     graph, params = model
     batch = prompts([examples[i] for i in (0, 2, 4)], seq_len=112)
-    got = run(graph, batch, params, Sampling(max_new_tokens=6))
-    want = one_by_one(graph, params, batch, 6)
+    got = run(graph, batch, params, Sampling(max_new_tokens=5))
+    want = one_by_one(graph, params, batch, 5)
     np.testing.assert_array_equal(got, want)
     assert len({tuple(r) for r in want.tolist()}) == 3  # the rows do differ, so the comparison says something
 
@@ -150,7 +150,7 @@ def test_a_batch_answers_as_each_example_alone_and_as_eight_devices(model, examp
     assert len(set(together)) > 4
     if sampling.temperature:
         assert together[:2] != alone(examples[:2], sampling, seed=4)
-    if len(jax.devices()) >= 8:
+    if sampling.temperature and len(jax.devices()) >= 8:
         layout = Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2})
         sharded = Generator(
             CFG, {k: np.asarray(v) for k, v in params.items()}, TOKENIZER, layout=layout, template="plain", rows=8

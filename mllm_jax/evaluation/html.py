@@ -104,7 +104,7 @@ pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); 
 @media print { :root { --back: #fff; } main { max-width: none; padding: 0; } body { font-size: 11pt; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   figure, .tile, tr, .heat { break-inside: avoid; } h2, .note { break-after: avoid; } .tiles { grid-template-columns: repeat(4, 1fr); }
-  .scroll { overflow: visible; } table { font-size: 8pt; } th { font-size: 7.5pt; } section { margin-top: 1.4rem; }
+  .scroll { overflow: visible; } .tile b { font-size: 14pt; } table { font-size: 8pt; } th { font-size: 7.5pt; } section { margin-top: 1.4rem; }
   .numbers th:not(:first-child), .numbers td:not(:first-child) { padding-left: .3rem; } td.share { min-width: 7rem; }
-  .cards { grid-template-columns: repeat(4, 1fr); } .charts { grid-template-columns: repeat(2, 1fr); } details { display: none; } }
+  .cards { grid-template-columns: repeat(4, 1fr); } .charts { grid-template-columns: repeat(3, 1fr); } details { display: none; } }
 """

@@ -82,5 +82,9 @@ if __name__ == "__main__":
 
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
     results = run(folder, ["answers", "retrieval"])
+    from mllm_jax.sharding import Layout
+
+    # Both processes hold all rows here, and one of them answers.
+    run(folder / "tensor", ["perplexity"], layout=Layout(mesh={"data": 1, "fsdp": 1, "tensor": 2 * count}))
     if process:
         (folder / f"seen-by-{process}.json").write_text(json.dumps(results))

@@ -107,8 +107,25 @@ def test_the_page_says_what_the_folder_says(run):
     page = path.read_text()
     read = Balanced(page)
     words = " ".join(" ".join(read.words).split())
-    wanted = ["first/<b>", "2 M parameters", "miniature", "changed: a=1", "83.3 % exact match of 12 answers", "87.3 %", "<i>"]
-    wanted += ["6 min 31 s", "digit", "90.0 %", "blank images", "most frequent answer", "8.3 %", "s/decode", "30 GFLOP/s"]
+    wanted = [
+        "first/<b>",
+        "2 M parameters",
+        "miniature",
+        "changed: a=1",
+        "83.3 % exact match of 12 answers",
+        "87.3 %",
+        "<i>",
+    ]
+    wanted += [
+        "6 min 31 s",
+        "digit",
+        "90.0 %",
+        "blank images",
+        "most frequent answer",
+        "8.3 %",
+        "s/decode",
+        "30 GFLOP/s",
+    ]
     assert [w for w in wanted if w not in words] == []
     assert "1 k of 2 M" in words and "1e+03" not in page
     assert len(read.addresses) == 24 and all(a.startswith("data:image/png;base64,") for a in read.addresses)
@@ -177,3 +194,20 @@ def test_a_curve_stays_in_its_frame():
 
 def test_other_answers_have_a_column_only_when_there_are_any():
     assert "other" in heat(["1"], [[3, 1]]) and "other" not in heat(["1"], [[3, 0]])
+
+
+def test_the_images_of_a_sample_stand_side_by_side(tmp_path):
+    import base64
+    import io
+    from dataclasses import replace
+
+    from PIL import Image
+
+    big, little = open_source("shapes:?count=1&size=600")[0], open_source("shapes:?count=1&size=32")[0]
+    write_samples(
+        tmp_path / "s.jsonl", [replace(big, media=(*big.media, *little.media)), replace(big, media=())], ["a", "b"]
+    )
+    two, none = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    picture = Image.open(io.BytesIO(base64.b64decode(two["image"].partition(",")[2])))
+    assert picture.size == (256 + 4 + 32, 256) and none["image"] is None
+    assert two["question"].endswith("?") and two["answers"] == list(big.answers)

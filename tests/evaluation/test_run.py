@@ -112,6 +112,9 @@ def test_two_processes_give_the_numbers_of_one(one, tmp_path):
     parts = [lines(tmp_path / "answers" / f"part-{p:05d}.jsonl") for p in (0, 1)]
     assert all(parts) and sorted(r["id"] for part in parts for r in part) == ids
     assert lines(tmp_path / "answers" / "merged.jsonl") == lines(one[0] / "answers" / "merged.jsonl")
+    tensor = tmp_path / "tensor" / "perplexity"
+    same(json.loads((tensor / "result.json").read_text()), json.loads(json.dumps(one[1]["perplexity"])))
+    assert [len(lines(tensor / f"part-{p:05d}.jsonl")) for p in (0, 1)] == [11, 0]
     same(json.loads((tmp_path / "seen-by-1.json").read_text())["answers"]["by_kind"], one[1]["answers"]["by_kind"])
 
 
