@@ -70,7 +70,8 @@ def view(pre: Mapping[str, Any], size: int, *, crop: bool) -> Square | Pad:
             raise ConfigError(f"the image processor says {key}={pre[key]}; only {usual} is supported")
     if pre.get("resample", 3) not in RESAMPLE:
         raise ConfigError(f"the image processor says resample={pre['resample']}; supported are {RESAMPLE}")
-    crop = pre.get("do_center_crop", crop)
+    named = pre.get("image_processor_type", "")
+    crop = pre.get("do_center_crop", not named.startswith("Siglip") if named else crop)
     sizes = [pre[k] for k in ("crop_size", "size") if pre.get(k) is not None and (k == "size" or crop)]
     numbers = {n for s in sizes for n in ([s] if isinstance(s, int) else s.values())} or {size}
     if len(numbers) > 1:

@@ -190,3 +190,49 @@ def test_adapters_are_merged_and_positions_written_as_used(saved, tmp_path):
     assert got.inputs["image"].encoder == replace(encoder, table=None)
     table = params["inputs/image/encoder/position"]
     np.testing.assert_array_equal(back["inputs/image/encoder/position"][1:], interpolate(table[1:], 6))
+
+
+def test_any_view_goes_with_either_tower(saved, torch, tmp_path):
+    """A squashing view before a tower with a class token (the recipe first/digits) is written and read back as such."""
+    from transformers import AutoImageProcessor
+
+    from mllm_jax.data.views import Square
+    from tests.hf import tiny
+
+    for name, view in (("llava-clip-llama", Square(size=32)), ("llava-siglip-llama", Square(size=32, crop=True)),
+                       ("llava-siglip-llama", Square(size=32, resample="bilinear"))):
+        cfg, params = load(saved(name).folder)
+        tower = replace(cfg.inputs["image"], view=view)
+        cfg = replace(cfg, inputs={"image": tower})
+        folder = export(params, cfg, tmp_path / "out", image_token=1)
+        assert load(folder)[0] == cfg
+        files = tiny.images(3)
+        media = ours.media([files], view, tower.patch, np.full((1, 1), -1))
+        check_pixels(media.values[0], tiny.pixel_values(AutoImageProcessor.from_pretrained(folder), files), tower.encoder)
+
+
+def test_the_processor_of_a_dual_encoder(saved, torch, tmp_path):
+    """Text through the tokenizer and pictures through the processor, to the similarity of the pair."""
+    from transformers import AutoModel, AutoProcessor
+
+    from tests.hf import tiny
+
+    cfg, params = load(saved("siglip").folder)
+    tokenizer = load_tokenizer("bytes")
+    cfg = replace(cfg, text=replace(cfg.text, vocab=280))
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(280, 24)), jnp.float32)
+    folder = export(params | {"text/embedding/table": table}, cfg, tmp_path / "out", tokenizer=tokenizer)
+    processor = AutoProcessor.from_pretrained(folder)
+    pictures = [Image.open(io.BytesIO(f)).convert("RGB") for f in tiny.images(2)]
+    inputs = processor(images=pictures, text=["two", "cats"], padding="max_length", max_length=12, return_tensors="pt")
+    theirs = reopened(torch, AutoModel, folder)(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
+    tower = cfg.inputs["image"]
+    media = ours.media([[f] for f in tiny.images(2)], tower.view, tower.patch, np.full((2, 12), -1))
+    graph, batch = ours.graph_of(cfg), ours.batch(inputs["input_ids"].numpy(), [12, 12], media)
+    o = jax.jit(lambda p: ours.merge(graph, p)(batch))(params | {"text/embedding/table": table})
+    close(o.scale * o.embeds["image"] @ o.embeds["text"].T + o.bias, theirs.logits_per_image.detach())
+
+    clip, params = load(saved("clip").folder)
+    clip = replace(clip, text=replace(clip.text, vocab=280))
+    with pytest.raises(ConfigError, match="end token of the tokenizer needs another id"):       # 2 for "bytes"
+        export(params, clip, tmp_path / "clip", tokenizer=tokenizer)
