@@ -32,9 +32,10 @@ def curve(steps: Sequence[float], values: Sequence[float], *, label: str) -> Raw
     rows = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(np.float64(t)):.1f}" y2="{at_y(np.float64(t)):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{at_y(np.float64(t)) + 4:.1f}" text-anchor="end">{t:.4g}</text>' for t in ticks)
+    anchor = lambda t: "end" if at_x(t) > WIDTH - 40 else "middle"         # or it would be cut off at the border
     columns = "".join(
-        f'<text x="{at_x(t):.1f}" y="{HEIGHT - 8}" text-anchor="{"end" if t == xs[-1] and at_x(t) > WIDTH - 40 else "middle"}">{t:,.0f}</text>'
-        for xs in [_ticks(first, last, 5)] for t in xs if t <= last + 0.02 * (last - first))
+        f'<text x="{at_x(t):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor(t)}">{t:,.0f}</text>'
+        for t in _ticks(first, last, 5) if t <= last + 0.02 * (last - first))
     return Raw(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(label)}"><title>{text(label)}</title>{rows}{columns}'
         f'<path class="raw" d="{path(y)}"/><path class="line" d="{path(smooth)}"/></svg>')
@@ -47,9 +48,9 @@ def heat(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Raw:
     body = ""
     for label, row in zip(labels, counts, strict=True):
         total = max(sum(row), 1)
+        kind = lambda n, total=total: "none" if not n else "strong" if n / total > 0.5 else "some"
         cells = "".join(
-            f'<td class="{"none" if not n else "strong" if n / total > 0.5 else "some"}" style="--a:{(n / total) ** 0.6:.2f}">{n or "·"}</td>'
-            for n in row[: len(names)])
+            f'<td class="{kind(n)}" style="--a:{(n / total) ** 0.6:.2f}">{n or "·"}</td>' for n in row[: len(names)])
         body += f'<tr><th class="side">{text(label)}</th>{cells}</tr>'
     return Raw(f'<div class="scroll"><table class="heat"><thead>{head}</thead><tbody>{body}</tbody></table></div>')
 

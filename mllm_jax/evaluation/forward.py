@@ -71,7 +71,8 @@ class Embedder(Forward):
     def __init__(self, model: DualEncoderConfig, *args: Any, modality: str = "image", seq_len: int | None = None):
         super().__init__(model, *args)
         if not self.template.pairs:
-            raise ConfigError(f"a dual encoder reads pairs; the template {self.template.name!r} is of conversations: name clip or siglip")
+            raise ConfigError(f"a dual encoder reads pairs, and the template {self.template.name!r} is of conversations; "
+                              "name clip or siglip")
         if (seq_len := seq_len or model.text.positions) is None:
             raise ConfigError("the text tower has no table of positions to give the length of a text; pass seq_len")
         self.modality, self.seq_len = modality, seq_len
@@ -102,8 +103,7 @@ class Embedder(Forward):
         towers = {self.modality: self.towers[self.modality]}
         sequences = [
             encode(e, template=self.template, tokenizer=self.tokenizer, towers=towers, max_len=self.seq_len) for e in examples]
-        batch = self.batch(sequences, self.seq_len, {m: items if m == self.modality else 0 for m in self.towers})
-        return batch
+        return self.batch(sequences, self.seq_len, {m: items if m == self.modality else 0 for m in self.towers})
 
 
 class Scorer(Forward):

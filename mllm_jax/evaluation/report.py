@@ -34,7 +34,8 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     recipe = _read(run_dir / "recipe.json")
     if recipe is None:
-        raise ConfigError(f"{run_dir} holds no run: there is no recipe.json; train one with `mllm-jax train RECIPE --out {run_dir}`")
+        raise ConfigError(f"{run_dir} holds no run: there is no recipe.json; train one with "
+                          f"`mllm-jax train RECIPE --out {run_dir}`")
     metrics = _read(run_dir / "metrics.json") or {}
     stages = {name: _stage(run_dir, name) for name in recipe["config"].get("stages", {})}
     results = {
@@ -137,10 +138,13 @@ def _curves(stages: Tree) -> Raw | None:
         if points:
             last = stage["summary"].get("loss_last", points[-1][1])
             label = f"loss of stage {name} over steps"
-            figures.append(f"<figure><figcaption><h3>{text(name)}</h3><small>{points[0][1]:.3g} → {last:.3g}</small></figcaption>"
+            change = f"{points[0][1]:.3g} → {last:.3g}"
+            figures.append(f"<figure><figcaption><h3>{text(name)}</h3><small>{change}</small></figcaption>"
                            f"{curve(*zip(*points, strict=True), label=label)}</figure>")
-    return section("Loss", Raw(f'<div class="charts">{"".join(figures)}</div>'), note="Over steps; faint: as logged, strong: moving average."
-                   ) if figures else None
+    if not figures:
+        return None
+    note = "Over steps; faint: as logged, strong: moving average."
+    return section("Loss", Raw(f'<div class="charts">{"".join(figures)}</div>'), note=note)
 
 
 def _costs(stages: Tree) -> Raw | None:
@@ -155,7 +159,8 @@ def _costs(stages: Tree) -> Raw | None:
         return [name, f"{s.get('steps', 0):,}", duration(s.get("seconds", 0)), duration(s.get("compile_seconds", 0)), params,
                 rate("examples"), rate("tokens"), rate("images"), short(s.get("flops_per_s", 0), "FLOP/s")]
 
-    head = ["stage", "steps", "time", "of it compiling", "trained parameters", "examples/s", "tokens/s", "images/s", "useful work"]
+    head = ["stage", "steps", "time", "of it compiling", "trained parameters"]
+    head += ["examples/s", "tokens/s", "images/s", "useful work"]
     dropped = {f"{name}: {what}": n for name, s in done.items() for what, n in s.get("dropped", {}).items() if n}
     more = table(["dropped examples", "count"], dropped.items()) if dropped else ""
     return section("What it cost", table(head, [row(*item) for item in done.items()]), more,
@@ -164,9 +169,8 @@ def _costs(stages: Tree) -> Raw | None:
 
 def _others(results: Mapping[tuple[str, str], Tree]) -> Raw | None:
     """The numbers of the evaluations that do not have a section of their own."""
-    names = {"image_to_text_r1": "image → text, R@1", "image_to_text_r5": "image → text, R@5", "image_to_text_r10": "image → text, R@10",
-             "text_to_image_r1": "text → image, R@1", "text_to_image_r5": "text → image, R@5", "text_to_image_r10": "text → image, R@10",
-             "top1": "top-1 accuracy", "top5": "top-5 accuracy", "exact_match": "exact match"}
+    names = {f"{a}_to_{b}_r{k}": f"{a} → {b}, R@{k}" for a, b in (("image", "text"), ("text", "image")) for k in (1, 5, 10)}
+    names |= {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "exact_match": "exact match"}
     rows = []
     for (stage, name), result in results.items():
         about = f"{result['n']:,} examples" + (f", pools of {result['pool']:,}" if "pool" in result else "")

@@ -13,6 +13,7 @@ and never from sums on devices.
     folder/result.json
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -69,15 +70,15 @@ def evaluate(
     begin = time.monotonic()
     layout = layout or Layout()
     mesh = layout.make_mesh() if mesh is None else mesh
-    env = Env(model=model, params=params, tokenizer=tokenizer, layout=layout, mesh=mesh, template=template, seq_len=seq_len, root=root)
+    env = Env(model=model, params=params, tokenizer=tokenizer, layout=layout, mesh=mesh, template=template, seq_len=seq_len,
+              root=root)
     source = open_source(task.source, root)
     _claim(folder, _identity(env, task), restart)
     runner = task.start(env)
     requests = _requests(source, min(len(source), task.limit or len(source)))
-    passes = task.passes(requests, source) if hasattr(task, "passes") else {"": Pass(indices=tuple(r.index for r in requests))}
     records = {
-        name: _answer(folder / name, requests, pass_, source, runner, mesh, lambda done, total, name=name: progress(name, done, total))
-        for name, pass_ in passes.items()}
+        name: _answer(folder / name, requests, one, source, runner, mesh, functools.partial(progress, name))
+        for name, one in task.passes(requests, source).items()}
     result = {"task": to_json(task)} | task.result(records, env) | {"seconds": round(time.monotonic() - begin, 3)}
     if jax.process_index() == 0:
         _write(folder / "result.json", json.dumps(result, indent=1))
@@ -114,7 +115,8 @@ def _claim(folder: Path, identity: Record, restart: bool) -> None:
             if old is not None and old != json.loads(json.dumps(identity)):
                 changed = ", ".join(k for k in identity if old.get(k) != json.loads(json.dumps(identity[k])))
                 if not restart:
-                    raise ConfigError(f"{folder} holds another evaluation (its {changed} differ); choose another folder, or restart it")
+                    raise ConfigError(f"{folder} holds another evaluation (its {changed} differ); "
+                                      "choose another folder, or restart it")
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
             _write(file, json.dumps(identity, indent=1))
@@ -129,28 +131,31 @@ def _requests(source: Source, n: int) -> list[Request]:
     try:
         for i in range(jax.process_index(), n, jax.process_count()):
             e = source[i]
-            found.append(asdict(Request(index=i, id=e.id, media=media_hash(e), kinds=tuple(sorted({b.kind for b in e.media})))))
+            kinds = tuple(sorted({blob.kind for blob in e.media}))
+            found.append(asdict(Request(index=i, id=e.id, media=media_hash(e), kinds=kinds)))
     except Exception as e:              # noqa: BLE001  of any sort: the others must not wait for this process
         error = e
     agree(error)
-    requests = sorted((Request(**{**r, "kinds": tuple(r["kinds"])}) for part in gather(found) for r in part), key=lambda r: r.index)
+    everywhere = (r | {"kinds": tuple(r["kinds"])} for part in gather(found) for r in part)
+    requests = sorted((Request(**r) for r in everywhere), key=lambda r: r.index)
     if twice := [id for id, count in Counter(r.id for r in requests).items() if count > 1]:
-        raise ConfigError(f"the source has {len(twice)} ids more than once, such as {twice[0]!r}; evaluation counts each example by its id")
+        raise ConfigError(f"the source has {len(twice)} ids more than once, such as {twice[0]!r}; evaluation counts by ids, "
+                          "so give each example its own")
     return requests
 
 
 def _answer(
-    folder: Path, requests: Sequence[Request], pass_: Pass, source: Source, runner: Runner, mesh: Mesh,
+    folder: Path, requests: Sequence[Request], one: Pass, source: Source, runner: Runner, mesh: Mesh,
     progress: Callable[[int, int], None],
 ) -> list[Record]:
     """The records of one pass, in the order of the source; what is already on disk is not computed again."""
-    wanted = [requests[i].id for i in pass_.indices]
+    wanted = [requests[i].id for i in one.indices]
     part = Parts(folder)
     done = {id for ids in gather([r["id"] for r in part.read()]) for id in ids}
-    todo = [i for i in pass_.indices if requests[i].id not in done]
+    todo = [i for i in one.indices if requests[i].id not in done]
 
     def example(i: int) -> Example:
-        return source[i] if pass_.change is None else pass_.change(source[i], i)
+        return source[i] if one.change is None else one.change(source[i], i)
 
     shapes, error = {}, None
     try:

@@ -76,8 +76,26 @@ class Pass:
     change: Callable[[Example, int], Example] | None = None     # of an example and its index
 
 
+class Task:
+    """What all tasks have; a task adds the fields, `start` and `result`."""
+
+    source: str
+    limit: int | None
+
+    def start(self, env: Env) -> Runner:
+        raise NotImplementedError
+
+    def passes(self, requests: Sequence[Request], source: Source) -> dict[str, Pass]:
+        """The ways through the examples by the name of their folder; "" is the model itself."""
+        return {"": Pass(indices=tuple(r.index for r in requests))}
+
+    def result(self, records: Mapping[str, Sequence[Record]], env: Env) -> Record:
+        """Numbers from all records of every pass, in the order of the source."""
+        raise NotImplementedError
+
+
 @config
-class Answers:
+class Answers(Task):
     """Generated answers against the accepted ones: exact match after `metrics.normalise`, greedy.
 
     With `baselines`, three numbers that need no trust in the model: the most frequent answer of each kind, the
@@ -97,7 +115,7 @@ class Answers:
         return _Answering(self, env)
 
     def passes(self, requests: Sequence[Request], source: Source) -> dict[str, Pass]:
-        out = {"": Pass(indices=tuple(r.index for r in requests))}
+        out = super().passes(requests, source)
         with_media = [r for r in requests if r.media]
         if not self.baselines or not with_media:
             return out
@@ -161,7 +179,7 @@ class _Answering:
 
 
 @config
-class Retrieval:
+class Retrieval(Task):
     """Recall at 1, 5 and 10 between media and captions, both ways, within pools of `pool` examples (None: one pool).
 
     A caption is right for every example that has a caption with the same text.  Pools are consecutive examples
@@ -206,7 +224,8 @@ class _Retrieving:
         media = self.embedder.media(examples)
         texts = [self.embedder.texts([self.captions(e)[i] for e in examples]) for i in range(shape[0])]
         return [
-            {"id": e.id, "kind": e.kind, "captions": self.captions(e), "media": _pack(media[b]), "texts": [_pack(t[b]) for t in texts]}
+            {"id": e.id, "kind": e.kind, "captions": self.captions(e), "media": _pack(media[b]),
+             "texts": [_pack(t[b]) for t in texts]}
             for b, e in enumerate(examples)]
 
 
@@ -219,7 +238,7 @@ def _pool_recall(pool: Sequence[Record]) -> dict[str, float]:
 
 
 @config
-class ZeroShot:
+class ZeroShot(Task):
     """Classification by text: the class whose prompts are nearest to the medium (CLIP, section 3.1.4).
 
     The vector of a class is the mean of the unit vectors of its prompts, made a unit vector again.  The truth is
@@ -261,7 +280,8 @@ class _Classifying:
     def truth(self, example: Example) -> int:
         name = next(iter(answers_of(example)), "")
         if name not in self.task.classes:
-            raise ConfigError(f"record {example.id!r} is of class {name!r}, which is not among the {len(self.task.classes)} classes")
+            raise ConfigError(f"record {example.id!r} is of class {name!r}, which is not among the {len(self.task.classes)} classes; "
+                              "add it to them")
         return self.task.classes.index(name)
 
     def shape(self, example: Example) -> tuple[int, ...]:
@@ -279,7 +299,7 @@ class _Classifying:
 
 
 @config
-class Perplexity:
+class Perplexity(Task):
     """exp of the mean negative log-likelihood of the tokens that a stage would train, over all examples together."""
 
     source: str
@@ -306,10 +326,8 @@ class _Scoring:
 
     def run(self, examples: Sequence[Example], shape: tuple[int, ...]) -> list[Record]:
         nll, tokens = self.scorer.nll(examples, shape)
-        return [{"id": e.id, "kind": e.kind, "nll": float(n), "tokens": float(t)} for e, n, t in zip(examples, nll, tokens, strict=True)]
-
-
-Task = Answers | Retrieval | ZeroShot | Perplexity
+        each = zip(examples, nll.tolist(), tokens.tolist(), strict=True)
+        return [{"id": e.id, "kind": e.kind, "nll": n, "tokens": t} for e, n, t in each]
 
 
 # --- reading an example -------------------------------------------------------------------------------------------
