@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.config import ConfigError, items
+from mllm_jax.config import ConfigError
 from mllm_jax.hf.families import describe
 from mllm_jax.hf.family import LEAVES_OF_LORA, Family, Link, differences, parameter_shapes
 from mllm_jax.hf.hub import folder_of
@@ -63,41 +63,25 @@ def load(
     return cfg, _load(folder, str(source), cfg, shapes, keep=dtype is None)
 
 
-def load_subtree(
-    source: str | Path, cfg: Any, subtree: str, shapes: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """{path: parameter} of a part of a model, from a folder or hf://org/name that holds such a part.
+def load_subtree(source: str | Path, cfg: Any, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Parameters for a model or a part of one (an encoder, a decoder, a connector), from a folder or hf://org/name.
 
     Args:
-      cfg: configuration of the whole model.
-      subtree: path of the part, such as `inputs/image/encoder` or `decoder`; "" or "*" is the whole.
-      shapes: path in the whole model -> shape, dtype and sharding of what is wanted.  Adapters
+      cfg: configuration of the part; its kind says which part of the checkpoint is meant.
+      shapes: path below the part -> shape, dtype and sharding of what is wanted.  Adapters
         (`.../lora/a`, `.../lora/b`) are no part of a checkpoint, and are left out of what is returned.
 
     Raises:
       ConfigError: as `load`; and where an option of `cfg` is not that of the checkpoint.
     """
-    prefix, part = _inside(cfg, subtree)
-    got = _load(folder_of(source), str(source), part, {path.removeprefix(prefix): s for path, s in shapes.items()})
-    return {prefix + path: x for path, x in got.items()}
-
-
-def _inside(cfg: Any, subtree: str) -> tuple[str, Any]:
-    """The configuration at a path of parameters, or the nearest above it, and the path of that one."""
-    cfg, at = cfg.model if isinstance(cfg, LoRA) else cfg, []
-    for name in subtree.strip("/*").split("/"):
-        if not (parts := items(cfg)) or name not in parts:
-            break
-        cfg = parts[name]
-        at.append(name)
-    if isinstance(cfg, TowerConfig) and cfg.route == "pool":    # of a dual encoder: the tower is its encoder
-        cfg = cfg.encoder
-    return "/".join([*at, ""]) if at else "", cfg
+    return _load(folder_of(source), str(source), cfg, shapes)
 
 
 def _load(folder: Path, where: str, cfg: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], keep: bool = False) -> dict[str, jax.Array]:
     family, theirs = describe(folder)
     cfg = cfg.model if isinstance(cfg, LoRA) else cfg
+    if isinstance(cfg, TowerConfig) and cfg.route == "pool":    # of a dual encoder: such a tower is its encoder
+        cfg = cfg.encoder
     shapes = {path: s for path, s in shapes.items() if not path.endswith(LEAVES_OF_LORA)}
     prefix, part = _alike(family, theirs, cfg, where)
     if wrong := differences(part, cfg, FREE):
