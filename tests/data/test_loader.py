@@ -17,7 +17,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.data.augment import HorizontalFlip, RandomResizedCrop
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.loader import Loader, _share
+from mllm_jax.data.loader import Loader, _Entries, _share
 from mllm_jax.data.sources.shapes import Shapes
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.views import Square
@@ -143,6 +143,15 @@ def test_seeds_change_the_order_and_epochs_do_too():
     assert first[:32] != first[32:]
     # The second epoch of a seed is not the first of the next one.
     assert first[32:] != ids(seed=2)[:32]
+
+
+@pytest.mark.parametrize("count", [1, 2, 100, 4096, 5000])
+def test_an_epoch_is_a_permutation_of_the_source_however_large(count):
+    entries = _Entries("s", range(count), None, {}, None, "raise", "seed")
+    orders = [[entries._order(epoch, k) for k in range(count)] for epoch in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(count))
+    assert count < 100 or orders[0] != orders[1]
+    assert orders[0][: count // 2] == [entries._order(0, k) for k in range(count // 2)]
 
 
 @pytest.mark.parametrize("hosts", [2, 3])
