@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mllm_jax.config import ConfigError
 from mllm_jax.encoders.vit import ViTConfig
@@ -89,6 +90,8 @@ def export(
             if template := chat_template or getattr(tokenizer, "chat_template", None):
                 (new / "chat_template.jinja").write_text(template)
         write_hf(new, chosen, links, _stream(params, links, dtype), {k: dtype or p.dtype for k, p in params.items()}, max_shard_bytes)
+    if jax.process_count() > 1:         # nobody goes on to read what is not there yet
+        multihost_utils.sync_global_devices(f"export {folder}")
     return folder
 
 
@@ -129,8 +132,6 @@ def _stream(params: Mapping[str, jax.Array], links: list[Link], dtype: Any) -> I
             # The index is an operand: one program for all layers, on the devices that hold the parameter.
             x = jax.lax.dynamic_index_in_dim(x, link.layer, keepdims=False) if isinstance(x, jax.Array) else x[link.layer]
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
             x = multihost_utils.process_allgather(x, tiled=True)
         x = np.asarray(x)
         yield link, x if dtype is None else x.astype(dtype, copy=False)
