@@ -1,0 +1,68 @@
+"""Configurations: what we say is what they say, for presets and recipes; `load(save(x)) == x`."""
+
+from dataclasses import replace
+
+import pytest
+
+from mllm_jax.config import load as recipe
+from mllm_jax.decoders import transformer as llm
+from mllm_jax.encoders import vit
+from mllm_jax.hf.families import FAMILIES, family_of
+from mllm_jax.hf.family import differences
+from mllm_jax.hf.options import Ids
+
+# From the config.json of the Hub, without what does not matter here.
+PUBLISHED = {
+    "openai/clip-vit-large-patch14": (
+        "clip_vision_model", vit.CLIP_L14_224,
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}),
+    "google/siglip-so400m-patch14-384": (
+        "siglip_vision_model", vit.SIGLIP_SO400M_384,
+        {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384,
+         "patch_size": 14}),
+    "meta-llama/Llama-3.1-8B": (
+        "llama", llm.LLAMA_3_1_8B,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+         "max_position_embeddings": 131072,
+         "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+                          "original_max_position_embeddings": 8192}}),
+    "mistralai/Mistral-7B-v0.1 without its window": (
+        "mistral", llm.MISTRAL_7B,
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-5, "sliding_window": None,
+         "max_position_embeddings": 32768}),
+    "Qwen/Qwen2-7B": (
+        "qwen2", llm.QWEN2_7B,
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_hidden_layers": 28,
+         "num_key_value_heads": 4, "rope_theta": 1000000.0, "vocab_size": 152064, "use_sliding_window": False,
+         "sliding_window": 131072, "max_position_embeddings": 131072}),
+    "Qwen/Qwen3-8B": (
+        "qwen3", llm.QWEN3_8B,
+        {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36, "head_dim": 128,
+         "num_key_value_heads": 8, "rope_theta": 1000000, "vocab_size": 151936, "max_position_embeddings": 40960}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_the_published_model(name):
+    model_type, preset, hf = PUBLISHED[name]
+    if model_type == "clip_vision_model":
+        hf = hf | {"image_size": 224}
+    assert differences(FAMILIES[model_type].config(hf, {}), preset) == {}
+
+
+@pytest.mark.parametrize("name", ["contrastive/clip", "contrastive/siglip", "projector/llava_15", "first/digits"])
+def test_a_recipe_has_a_place_on_the_hub(name):
+    model = recipe(name).model
+    family = family_of(model)
+    theirs = family.express(model, Ids(bos=1, eos=5, pad=0, image=7, length=64))
+    assert differences(family.config(*theirs), model, family.free) == {}
+    assert len(family.links(model)) > 100                       # every parameter has a row
+
+
+def test_differences_are_those_of_meaning():
+    cfg = llm.LLAMA
+    assert differences(cfg, replace(cfg, kv_heads=32, head_dim=128)) == {}
+    assert list(differences(cfg, replace(cfg, kv_heads=8))) == ["kv_heads"]
+    deep = replace(vit.CLIP_L14_336, layer=-2)
+    assert differences(deep, replace(deep, layer=23, table=24)) == {}
