@@ -24,7 +24,7 @@ MAY_IMPORT = {                          # package -> packages of ours that it ma
     "models": MODEL - {"models"},
     "hf": {*MODEL, "data"},
     "generate": {*MODEL, "data", "hosts"},
-    "train": {*RUN, "evaluation"} - {"generate"},
+    "train": {*RUN, "evaluation"},
     "evaluation": RUN,
     "configs": {*RUN, "evaluation", "train"} - {"hf"},
     "launch": {"config", "sharding"},

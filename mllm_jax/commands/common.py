@@ -58,7 +58,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "recipe.json").exists()
 
 
-def open_model(source: str) -> tuple[Any, Any, dict, Any]:
+def open_model(source: str, layout: Any) -> tuple[Any, Any, dict, Any]:
     """(recipe or None, model config, parameters, tokenizer) of a run folder or of a Hugging Face folder or name.
 
     Raises:
@@ -66,9 +66,9 @@ def open_model(source: str) -> tuple[Any, Any, dict, Any]:
     """
     folder = Path(source)
     if is_run(folder):
-        from mllm_jax.train.checkpoint import restore_params
+        from mllm_jax.train.run import restore_params
 
-        return restore_params(folder)
+        return restore_params(folder, layout)
     if not source.startswith("hf://") and not (folder / "config.json").exists():
         what = "holds neither recipe.json (a run) nor config.json (a Hugging Face folder)" if folder.is_dir() else "is not a folder"
         raise ConfigError(f"{source!r} {what}; give a run such as runs/first-digits, an exported folder, or hf://org/name")

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from mllm_jax.evaluation.run import evaluate
 
     given = None if args.task is None else {args.task: make_task(getattr(tasks, TASKS[args.task]), args.overrides)}
-    recipe, cfg, params, tokenizer = common.open_model(args.model)
+    recipe, cfg, params, tokenizer = common.open_model(args.model, layout)
     stage = list(recipe.stages)[-1] if recipe else None
     if given is None and recipe is None:
         raise ConfigError(f"{args.model} is not a run and has no tasks of its own; name one of: {', '.join(TASKS)}")

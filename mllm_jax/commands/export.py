@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    running, _ = common.start(args)
+    running, layout = common.start(args)
     if common.is_run(Path(args.model)):
         import jax.numpy as jnp
 
         from mllm_jax.data.templates import Template
         from mllm_jax.hf.export import export
 
-        recipe, cfg, params, tokenizer = common.open_model(args.model)
+        recipe, cfg, params, tokenizer = common.open_model(args.model, layout)
         chat = Template(common.text_of(recipe, cfg)[0], tokenizer).jinja if hasattr(cfg, "decoder") else None
         export(params, cfg, args.out, tokenizer=tokenizer, chat_template=chat, family=args.family,
                dtype=args.dtype and jnp.dtype(args.dtype))

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if not image.is_file():
             raise FileNotFoundError(2, "no such image", str(image))
     running, layout = common.start(args)
-    recipe, cfg, params, tokenizer = common.open_model(args.model)
+    recipe, cfg, params, tokenizer = common.open_model(args.model, layout)
 
     from mllm_jax.config import ConfigError
     from mllm_jax.generate import Generator, Sampling
