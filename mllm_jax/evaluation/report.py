@@ -207,7 +207,9 @@ def _samples(samples: Sequence[Tree]) -> Raw | None:
 def _details(recipe: Tree, stages: Tree) -> Raw:
     versions = recipe.get("versions", {})
     layout = recipe.get("layout", "")
-    layout = layout if isinstance(layout, str) else json.dumps(layout)
+    if not isinstance(layout, str):
+        mesh = " × ".join(f"{axis} {'rest' if n == -1 else n}" for axis, n in layout.get("mesh", {}).items())
+        layout = ", ".join(filter(None, [mesh, layout.get("dtype"), f"{layout.get('microbatches', 1)} microbatch(es)"]))
     rows = [["layout", layout], *([name, version] for name, version in versions.items())]
     config = json.dumps(recipe["config"], indent=1)
     return section("How it was made", table(["", ""], rows, numbers=False),

@@ -14,13 +14,20 @@ from mllm_jax.evaluation.html import Raw, duration, short, table
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.samples import write_samples
 from mllm_jax.evaluation.tasks import Answers
+from mllm_jax.sharding import Layout
 
 
 @pytest.fixture
 def run(tmp_path):
     """The folder of a run of two stages that knows its trade, but not <tags>."""
     versions = {"jax": "0.10.2"}
-    recipe = {"name": "first/<b>", "overrides": ["a=1"], "tiny": True, "layout": "cpu", "versions": versions}
+    recipe = {
+        "name": "first/<b>",
+        "overrides": ["a=1"],
+        "tiny": True,
+        "layout": to_json(Layout()),
+        "versions": versions,
+    }
     (tmp_path / "recipe.json").write_text(
         json.dumps(recipe | {"config": {"paper": "a paper", "stages": {"one": {}, "two": {}}}})
     )
