@@ -23,7 +23,7 @@ def saved(torch, tmp_path_factory):
     @cache
     def make(name: str) -> Saved:
         folder = tmp_path_factory.mktemp("hf") / name
-        model = tiny.save(name, folder)
-        return Saved(folder=folder, model=model, processor=tiny.build(name)[1])
+        model, processor = tiny.save(name, folder)
+        return Saved(folder=folder, model=model, processor=processor)
 
     return make

@@ -81,12 +81,13 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 p.copy_(noise * (0.2 if p.ndim < 2 else p.shape[-1] ** -0.5))
 
 
-def save(name: str, folder: Path, **kwargs) -> torch.nn.Module:
+def save(name: str, folder: Path) -> tuple[torch.nn.Module, object | None]:
+    """As `build`, and written as transformers writes it."""
     model, processor = build(name)
-    model.save_pretrained(folder, **kwargs)
+    model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    return model
+    return model, processor
 
 
 def images(n: int, seed: int = 0) -> list[bytes]:
