@@ -95,8 +95,13 @@ class Recipe:
         return replace(self, model=self.model.tiny(), stages=stages, tokenizer="bytes", params=None)
 
 
+BUILT_IN = ("shapes", "digits")         # data that needs no files
+
+
 def _tiny_stage(stage: Stage) -> Stage:
-    """Sources become the built-in shapes scenes; weights that must be downloaded are left out."""
+    """Sources that need files become the built-in scenes of shapes; weights that must be downloaded are left out."""
     local = {k: v for k, v in stage.weights.items() if v.startswith(("stage://", "copy://"))}
-    data = replace(stage.data, sources={"shapes": 1.0}, batch_size=8, seq_len=min(stage.data.seq_len, 128))
+    here = {name: weight for name, weight in stage.data.sources.items() if name.startswith(BUILT_IN)}
+    # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them.
+    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=min(stage.data.seq_len, 320))
     return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local)

@@ -8,6 +8,7 @@ from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.data.views import Square
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import HALF, ViTConfig
+from mllm_jax.evaluation.tasks import Answers, Retrieval
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
@@ -24,31 +25,43 @@ def recipe() -> Recipe:
     pairs = TowerConfig(view=VIEW, encoder=VIT, route="pool")
     image = TowerConfig(view=VIEW, encoder=VIT, connector=MLPConfig(depth=2))
     decoder = DecoderConfig(vocab=VOCAB, width=128, depth=4, heads=4, mlp=352)
+    rows = {"batch_size": 16, "seq_len": 128, "template": "plain"}
     return Recipe(
         paper="this project",
         tokenizer=f"bpe:{VOCAB}",
+        samples=24,
         model=MLLMConfig(inputs={"image": image}, decoder=decoder),
         stages={
             "contrast": Stage(
                 model=DualEncoderConfig(inputs={"image": pairs}, text=text, dim=96),
-                data=Data(sources={"digits_train": 1.0}, batch_size=128, seq_len=24, template="clip"),
+                data=Data(sources={"digits_captions": 1.0}, batch_size=128, seq_len=24, template="clip"),
                 objectives={"itc": InfoNCE()},
                 optimizer=Adam(lr=1e-3, warmup=0.1, b2=0.98),
                 steps=600,
+                evals={"retrieval": Retrieval(source="digits_test", pool=100, limit=1_000)},
+            ),
+            "words": Stage(
+                model=MLLMConfig(inputs={}, decoder=decoder),
+                data=Data(sources={"digits_words": 1.0}, **rows),
+                objectives={"lm": NextToken()},
+                optimizer=Adam(lr=2e-3, warmup=0.1, b2=0.98),
+                steps=600,
             ),
             "align": Stage(
-                data=Data(sources={"digits_train": 1.0}, batch_size=16, seq_len=128, items={"image": 3}, template="plain"),
+                data=Data(sources={"digits_captions": 1.0}, items={"image": 4}, **rows),
                 objectives={"lm": NextToken()},
-                optimizer=Adam(lr=2e-3, warmup=0.1),
-                steps=200,
-                train=("inputs/image/connector/*", "decoder/*"),
-                weights={"inputs/image/encoder": "stage://contrast/inputs/image"},
+                optimizer=Adam(lr=2e-3, warmup=0.1, b2=0.98),
+                steps=300,
+                train=("inputs/image/connector/*",),
+                weights={"inputs/image/encoder": "stage://contrast/inputs/image", "decoder": "stage://words/decoder"},
             ),
             "instruct": Stage(
-                data=Data(sources={"digits_train": 1.0}, batch_size=16, seq_len=128, items={"image": 3}, template="plain"),
+                data=Data(sources={"digits_questions": 0.8, "digits_captions": 0.2}, items={"image": 3}, **rows),
                 objectives={"lm": NextToken()},
                 optimizer=Adam(lr=1e-3, warmup=0.1, b2=0.98),
-                steps=2000,
+                steps=1_500,
+                evals={"answers": Answers(source="digits_test", limit=1_000, max_new_tokens=8, train="digits_questions",
+                                          confusion=("which",), rows=100)},
             ),
         },
     )

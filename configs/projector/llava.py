@@ -1,7 +1,8 @@
 """LLaVA (arXiv:2304.08485): patches of a frozen CLIP, through one matrix, into the row of a language model.
 
 New here: an encoder and a language model that were trained apart, joined in two stages; the first trains
-the matrix alone.  Hyper-parameters: the paper, section 5, and its official training scripts.
+the matrix alone.  Hyper-parameters: the paper, section 5, and its official training scripts.  A row of the
+first stage is one of the paper's 128 examples; in the second, 16 packed rows hold about its 32.
 """
 
 from dataclasses import replace
@@ -25,8 +26,8 @@ def recipe() -> Recipe:
         model=MLLMConfig(inputs={"image": image}, decoder=replace(llm.VICUNA_13B, vocab=32_064)),
         stages={
             "align": Stage(
-                data=Data(sources={"llava_cc3m_595k": 1.0}, batch_size=128, seq_len=2_048, template="caption",
-                          items={"image": 7}),
+                data=Data(sources={"llava_cc3m_595k": 1.0}, batch_size=128, seq_len=512, template="caption", pack=False,
+                          overlong="truncate"),
                 objectives={"lm": NextToken()},
                 optimizer=Adam(lr=2e-3),
                 steps=4_651,
@@ -34,7 +35,7 @@ def recipe() -> Recipe:
                 weights={"inputs/image/encoder": "hf://openai/clip-vit-large-patch14", "decoder": "hf://lmsys/vicuna-13b-v1.5"},
             ),
             "instruct": Stage(
-                data=Data(sources={"llava_instruct_158k": 1.0}, batch_size=32, seq_len=2_048, template="vicuna_v1",
+                data=Data(sources={"llava_instruct_158k": 1.0}, batch_size=16, seq_len=2_048, template="vicuna_v1",
                           items={"image": 4}, overlong="truncate"),
                 objectives={"lm": NextToken()},
                 optimizer=Adam(lr=2e-5),

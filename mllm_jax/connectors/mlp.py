@@ -1,6 +1,5 @@
 """Linear and MLP projectors (LLaVA, arXiv:2304.08485, section 4.1; LLaVA-1.5, arXiv:2310.03744, section 3.3)."""
 
-import jax
 from flax import nnx
 
 from mllm_jax.config import config

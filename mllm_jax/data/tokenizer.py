@@ -33,7 +33,8 @@ def load_tokenizer(
     Raises:
       ConfigError: no such tokenizer, one without an end token, or "bpe:SIZE" without texts or too small.
     """
-    special = [PAD, BOS, EOS, *(PLACEHOLDERS[m] for m in media), *tokens]
+    # The end is not number 2, in which transformers sees an old CLIP that ends where the largest number is.
+    special = [PAD, EOS, BOS, *(PLACEHOLDERS[m] for m in media), *tokens]
     if name == "bytes":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         model = models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[])

@@ -34,7 +34,7 @@ class DecoderConfig(BlockConfig):
     def tiny(self) -> "DecoderConfig":
         rope = self.rope and replace(self.rope, sections=self.rope.sections and (2, 1, 1))
         return replace(self, vocab=264, width=32, depth=2, heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
-                       head_dim=None, rope=rope, positions=self.positions and 128)
+                       head_dim=None, rope=rope, positions=self.positions and 320)
 
 
 LLAMA = DecoderConfig(vocab=32_000, width=4096, depth=32, heads=32, mlp=11_008, norm=RMSNorm(eps=1e-5))

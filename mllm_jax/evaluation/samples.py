@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mllm_jax.data.images import decode_image
-from mllm_jax.data.tokenize import read_blob
+from mllm_jax.data.record import read_blob
 from mllm_jax.evaluation.tasks import answers_of, question_of
 from mllm_jax.types import Blob, Example
 

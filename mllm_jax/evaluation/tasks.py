@@ -19,8 +19,8 @@ from PIL import Image
 from mllm_jax.config import ConfigError, config
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.images import image_size
+from mllm_jax.data.record import read_blob
 from mllm_jax.data.sources import Source, open_source
-from mllm_jax.data.tokenize import read_blob
 from mllm_jax.evaluation import metrics
 from mllm_jax.evaluation.forward import Embedder, Scorer
 from mllm_jax.generate import Generator, Sampling, batch_rows

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.config import ConfigError, nearest
+from mllm_jax.hosts import gather
 from mllm_jax.nn.param import Params
 from mllm_jax.train.state import Blueprint, TrainState, under
 
@@ -51,7 +50,7 @@ class Checkpoints:
         if frozen and not (self.folder / "frozen").exists():
             with _explained(self, "the frozen parameters"):
                 _check_room(self.folder, frozen)
-                ocp.save_pytree(self.folder / "frozen", frozen)
+                ocp.save(self.folder / "frozen", frozen)
 
     def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any]) -> None:
         """Starts to write; the state may be donated to the next step at once."""
@@ -60,7 +59,7 @@ class Checkpoints:
             parts = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
             parts |= {"ema": state.ema} if state.ema is not None else {}
             _check_room(self.folder, parts)
-            meta = {**meta, "step": step, "data_states": _of_all_hosts(data_state), "versions": versions()}
+            meta = {**meta, "step": step, "data_states": gather(data_state), "versions": versions()}
             self.pending = (step, self.saver.save_checkpointables_async(step, {"state": parts, "meta": meta}, overwrite=True))
 
     def wait(self) -> None:
@@ -80,7 +79,7 @@ class Checkpoints:
         path = self.folder / "checkpoints" / str(step)
         with _readable(path, others=[c.step for c in self.saver.checkpoints if c.step != step]):
             found = self.saver.load_checkpointables(step, {"state": parts, "meta": None})
-            frozen = ocp.load_pytree(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
+            frozen = ocp.load(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
         state = TrainState(step=found["state"]["step"], params=found["state"]["params"], frozen=frozen,
                            opt_state=found["state"]["opt_state"], ema=found["state"].get("ema"))
         states = found["meta"]["data_states"]
@@ -109,9 +108,9 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
         step = saver.latest.step
     path = folder / "checkpoints" / str(step)
     with _readable(path):
-        saved = ocp.checkpointables_metadata(path).metadata["state"]
+        saved = ocp.metadata(path, checkpointable_name="state").metadata
         part = "ema" if "ema" in saved else "params"
-        frozen = ocp.pytree_metadata(folder / "frozen").metadata if (folder / "frozen").exists() else {}
+        frozen = ocp.metadata(folder / "frozen").metadata if (folder / "frozen").exists() else {}
     for name, want in wanted.items():
         have = saved[part].get(name) or frozen.get(name)
         if have is None:
@@ -122,9 +121,9 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
     context.pytree.loading.partial_load = True
     with _readable(path), context:
         mine = {k: v for k, v in wanted.items() if k in saved[part]}
-        out = ocp.load_checkpointables(path, {"state": {part: mine}})["state"][part] if mine else {}
+        out = ocp.load(path, {part: mine}, checkpointable_name="state")[part] if mine else {}
         rest = {k: v for k, v in wanted.items() if k not in mine}
-        return out | (ocp.load_pytree(folder / "frozen", rest) if rest else {})
+        return out | (ocp.load(folder / "frozen", rest) if rest else {})
 
 
 def versions() -> dict[str, str]:
@@ -190,18 +189,6 @@ def _stage_folder(scheme: str, rest: str, run_dir: Path, runs: Path) -> tuple[Pa
     if not (folder / "checkpoints").exists():
         raise ConfigError(f"{scheme}://{rest} has no checkpoint under {folder}; train it first")
     return folder, subtree
-
-
-def _of_all_hosts(state: Any) -> list[Any]:
-    """The JSON-able value of every process, on every process.  Bytes are gathered: numbers would be rounded."""
-    if jax.process_count() == 1:
-        return [state]
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([len(text)], np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:n].astype(np.uint8)).decode()) for row, n in zip(rows, sizes)]
 
 
 def _check_room(folder: Path, tree: Any) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from jax.sharding import Mesh
 
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError, compare, config, nearest, to_json
-from mllm_jax.data.errors import BadExample
 from mllm_jax.data.loader import Loader
-from mllm_jax.data.sources import open_source
-from mllm_jax.data.templates import TOKENS
 from mllm_jax.data.tokenizer import load_tokenizer
+from mllm_jax.data.vocabulary import recipe_tokenizer
+from mllm_jax.hf.load import load_subtree
 from mllm_jax.hosts import gather
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
@@ -35,8 +34,6 @@ from mllm_jax.train.log import Log
 from mllm_jax.train.optimizer import build, schedule
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state, trained_paths
 from mllm_jax.train.step import make_step
-
-TEXTS = 4_000                           # examples of each source whose text a "bpe:SIZE" tokenizer is trained on
 
 
 class TrainingError(RuntimeError):
@@ -78,6 +75,11 @@ class Run:
 
     def model_of(self, name: str) -> Any:
         return self.recipe.stages[name].model or self.recipe.model
+
+    def start_of(self, name: str) -> int:
+        """Steps of a stage that are done and saved."""
+        found = (self.stage_folder(name) / "checkpoints").glob("*")
+        return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
     def previous(self, name: str) -> str | None:
         """The stage before this one, if it trained the same model."""
@@ -190,10 +192,19 @@ def _resume_or_start(run: Run, name: str, blueprint: Blueprint, trained: set[str
 
 
 def _from_hf(blueprint: Blueprint) -> Any:
-    def read(source: str, subtree: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]:
-        from mllm_jax.hf.hub import load_subtree
+    """Reads a subtree from a Hugging Face folder or name; the configuration of that part says what is meant."""
 
-        return load_subtree(source, blueprint.cfg, subtree, wanted)
+    def read(source: str, subtree: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        part = blueprint.cfg
+        for key in filter(None, subtree.rstrip("/*").split("/")):
+            part = part[key] if isinstance(part, Mapping) else getattr(part, key, None)
+            if part is None:
+                raise ConfigError(f"weights names {subtree!r}, which is not a part with a configuration; name an encoder, "
+                                  "a connector, a decoder or the whole model")
+        prefix = subtree.rstrip("/*")
+        short = {path[len(prefix) + 1:] if prefix else path: shape for path, shape in wanted.items()}
+        found = load_subtree(source, part, short)
+        return {f"{prefix}/{path}" if prefix else path: value for path, value in found.items()}
 
     return read
 
@@ -237,6 +248,8 @@ class _Totals:
             self.counts[key] += value
         self.dropped = info.dropped
         seconds, self.last = max(now - self.last, 1e-9), now
+        if self.counts["steps"] == 1:   # dispatched, not done: there is no rate yet
+            return {"data_wait_s": waited}
         return {f"{k}_per_s": read[k] / seconds for k in ("rows", "examples", "tokens", "images", "flops")} | {"data_wait_s": waited}
 
     def summary(self, *, params: tuple[Blueprint, set[str]], seconds: float, **facts: Any) -> dict[str, Any]:
@@ -280,10 +293,7 @@ def _tokenizer(recipe: Recipe, options: RunOptions) -> Any:
     saved = options.out / "tokenizer"
     if (saved / "tokenizer.json").exists():
         return load_tokenizer(str(saved))
-    media = sorted({m for stage in recipe.stages.values() for m in (stage.model or recipe.model).inputs}, key=str)
-    tokens = sorted({t for stage in recipe.stages.values() for t in TOKENS.get(stage.data.template, ())})
-    texts = _texts(recipe, options) if recipe.tokenizer.startswith("bpe:") else None
-    tokenizer = load_tokenizer(recipe.tokenizer, texts, media=media, tokens=tokens)
+    tokenizer = recipe_tokenizer(recipe, options.data_root)
     for name, stage in recipe.stages.items():
         model = stage.model or recipe.model
         room = getattr(model, "decoder", None) or model.text
@@ -293,20 +303,6 @@ def _tokenizer(recipe: Recipe, options: RunOptions) -> Any:
     if jax.process_index() == 0:
         tokenizer.save_pretrained(saved)
     return tokenizer
-
-
-def _texts(recipe: Recipe, options: RunOptions) -> Iterator[str]:
-    """What people and models say in the recipe's data, for training a tokenizer."""
-    for stage in recipe.stages.values():
-        for name in stage.data.sources:
-            source = open_source(name, options.data_root)
-            for i in range(min(TEXTS, len(source))):
-                try:
-                    example = source[i]
-                except BadExample:
-                    continue
-                yield from example.captions
-                yield from (part.text for turn in example.turns for part in turn.parts if part.text)
 
 
 def finished(run: Run, name: str) -> dict[str, Any] | None:

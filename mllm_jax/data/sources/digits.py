@@ -22,17 +22,25 @@ CELL = 16
 
 
 class Digits:
-    """`count` scenes of 32x32 pixels; `scenes[i]` has an image, a caption and `questions` questions of different kinds.
+    """`count` scenes of 32x32 pixels; `scenes[i]` is a conversation about one of them.
 
     Args:
       split: "train" or "test".
-      questions: turns of the conversation about a scene; with one, the kinds follow one another.
+      describe: it begins with a description, which is also the caption.
+      questions: how many questions of different kinds follow; with one, the kinds follow one another.
+      image: False for the words alone, from which a language model learns what they mean.
     """
 
-    def __init__(self, split: str = "train", count: int = 100_000, questions: int = 2, seed: int = 0):
+    def __init__(
+        self, split: str = "train", count: int = 100_000, *, describe: bool = False, questions: int = 1, image: bool = True,
+        seed: int = 0,
+    ):
         if split not in SPLITS:
             raise ConfigError(f"digits has no split {split!r}; it has: {', '.join(SPLITS)}")
-        self.split, self.count, self.questions, self.seed = split, count, questions, seed
+        if not describe and not questions:
+            raise ConfigError("digits needs describe=true or questions above 0; otherwise nothing is said")
+        self.split, self.count, self.seed = split, count, seed
+        self.describe, self.questions, self.image = describe, questions, image
 
     def __len__(self) -> int:
         return self.count
@@ -47,21 +55,23 @@ class Digits:
         pictures, labels = _images(self.split)
         chosen = rng.integers(len(labels), size=4)
         digits = {c: int(labels[chosen[c]]) for c in cells}
-        possible = [k for k in KINDS if k != first and _possible(k, cells)]
-        kinds = [first, *rng.permutation(possible)[: self.questions - 1].tolist()]
+        caption = ", ".join(f"{d} {PLACES[c]}" for c, d in digits.items())
+        said = [("describe", "Describe the scene.", caption)] if self.describe else []
+        others = [k for k in KINDS if k != first and _possible(k, cells)]
+        kinds = [first, *rng.permutation(others).tolist()][: self.questions]
+        said += [(kind, *_ask(kind, digits, rng)) for kind in kinds]
         turns: list[Turn] = []
-        for i, kind in enumerate(kinds):
-            question, answer = _ask(kind, digits, rng)
-            text = Part(text=question)
-            parts = (Part(kind="image", media=0), text) if i == 0 else (text,)
-            turns += [Turn(role="user", parts=parts), Turn(role="assistant", parts=(Part(text=answer),))]
+        for i, (_, question, answer) in enumerate(said):
+            here = (Part(kind="image", media=0),) if self.image and i == 0 else ()
+            turns += [Turn(role="user", parts=(*here, Part(text=question))), Turn(role="assistant", parts=(Part(text=answer),))]
+        picture = _draw({c: pictures[chosen[c]] for c in cells}, rng) if self.image else b""
         return Example(
             id=f"digits/{self.split}/{self.seed}/{index:06d}",
             turns=tuple(turns),
-            media=(Blob(kind="image", data=_draw({c: pictures[chosen[c]] for c in cells}, rng)),),
-            captions=(", ".join(f"{d} {PLACES[c]}" for c, d in digits.items()),),
-            answers=(answer,),
-            kind=kinds[-1],
+            media=(Blob(kind="image", data=picture),) if self.image else (),
+            captions=(caption,),
+            answers=(said[-1][2],),
+            kind=said[-1][0],
             source=f"digits_{self.split}",
         )
 
@@ -119,7 +129,7 @@ def _draw(pictures: dict[int, np.ndarray], rng: np.random.Generator) -> bytes:
 @lru_cache(maxsize=2)
 def _images(split: str) -> tuple[np.ndarray, np.ndarray]:
     """(pictures f32[n 8 8] of values 0-16, labels i64[n]) of a split."""
-    from sklearn.datasets import load_digits        # here: it takes a second, and only this recipe needs it
+    from sklearn.datasets import load_digits  # here: it takes a second, and only this recipe needs it
 
     found = load_digits()
     held_out = np.arange(len(found.target)) % 5 == 4
