@@ -13,7 +13,7 @@ def below(folder: str) -> list[str]:
 
 TEST = [
     "torch==2.13.0", "pytest>=8", "pytest-xdist>=3.6", "jaxtyping>=0.3", "beartype>=0.20", "psutil>=6", "ruff>=0.9",
-    "webdataset>=1.0", "opencv-python-headless>=4.10", "tensorflow-datasets>=4.9.9",
+    "webdataset>=1.0", "tensorflow-datasets>=4.9.9",
 ]
 
 setup(
@@ -29,16 +29,15 @@ setup(
     package_data={"mllm_jax": ["**/*.css", "**/*.js"], "mllm_jax.configs": ["**/*.md"]},
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "grain>=0.2.18,<0.3", "array_record>=0.8",
-        "transformers>=5.20", "tokenizers>=0.22", "safetensors>=0.6", "huggingface_hub>=1.0", "jinja2>=3.1", "sentencepiece>=0.2",
-        "einops>=0.8", "numpy>=2.0", "pillow>=11", "pyarrow>=18", "msgpack>=1.1", "scikit-learn>=1.5", "tensorboardX>=2.6",
+        "transformers>=5.20", "tokenizers>=0.22", "safetensors>=0.6", "huggingface_hub>=1.0", "jinja2>=3.1.6", "absl-py>=2", "sentencepiece>=0.2",
+        "einops>=0.8", "numpy>=2.0", "pillow>=11.3", "pyarrow>=18", "msgpack>=1.1", "scikit-learn>=1.5", "tensorboardX>=2.6",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
-        "fast-images": ["opencv-python-headless>=4.10"],
         "hf-test": ["torch==2.13.0"],
         "test": TEST,
     },
-    entry_points={"console_scripts": ["mllm-jax = mllm_jax.cli:main"]},
+    entry_points={"console_scripts": ["mllm-jax = mllm_jax.cli:console"]},
 )

@@ -44,7 +44,7 @@ LAYOUTS: dict[str, Layout] = {
 
 def auto(platform: str) -> Layout:
     """All devices on the first axis that suits them: copies and float32 on a CPU, shards and bfloat16 on chips."""
-    return Layout(mesh=mesh(data=-1)) if platform == "cpu" else replace(CHIPS, mesh=mesh(fsdp=-1))
+    return Layout(mesh=mesh(data=-1), unroll=4) if platform == "cpu" else replace(CHIPS, mesh=mesh(fsdp=-1))
 
 
 def find(name: str, platform: str) -> Layout:

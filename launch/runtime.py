@@ -42,6 +42,20 @@ class Runtime(NamedTuple):
     stop: threading.Event               # set by SIGTERM: save and end
 
 
+def huge_pages() -> None:
+    """Starts this process anew with large memory pages, which glibc gives only from the start.
+
+    A step allocates and frees hundreds of megabytes.  With pages of 4 KiB the system spends as long on page faults
+    as the processor on the step: training of first/digits took 1.7 times as long (190 and 111 ms a step).
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables or not sys.executable:
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def start(
     platform: str | None = None,
     *,

@@ -28,6 +28,15 @@ examples:
 """
 
 
+def console() -> int:
+    """The command `mllm-jax`, a process of its own; `main` is for callers from Python."""
+    if {"train", "evaluate", "generate"} & set(sys.argv[1:]):
+        from mllm_jax.launch.runtime import huge_pages
+
+        huge_pages()
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((a for a in argv if not a.startswith("-")), None)
@@ -101,4 +110,4 @@ def fail(verb: str, message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

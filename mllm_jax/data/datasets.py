@@ -24,7 +24,7 @@ DATASETS = {
     # Scenes of handwritten digits: described, talked about without the picture, asked about, and held out.
     "digits_captions": Dataset(format="digits", options={"describe": "true", "questions": "0"}, records=100_000, licence=UCI),
     "digits_words": Dataset(
-        format="digits", options={"describe": "true", "questions": "3", "image": "false"}, records=100_000, licence=UCI),
+        format="digits", options={"questions": "3", "image": "false"}, records=100_000, licence=UCI),
     "digits_questions": Dataset(format="digits", options={"questions": "3"}, records=100_000, licence=UCI),
     "digits_test": Dataset(format="digits", options={"split": "test"}, records=100_000, licence=UCI),
     # LLaVA and LLaVA-1.5: the files lie as the authors' scripts expect them. Their code moves images to the front.

@@ -15,7 +15,7 @@ from PIL import Image
 from mllm_jax.config import ConfigError
 from mllm_jax.types import Blob, Example, Part, Turn
 
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("northwest", "northeast", "southwest", "southeast")
 KINDS = ("which", "count", "larger", "sum", "read")
 SPLITS = ("train", "test")
 CELL = 16
@@ -28,7 +28,7 @@ class Digits:
       split: "train" or "test".
       describe: it begins with a description, which is also the caption.
       questions: how many questions of different kinds follow; with one, the kinds follow one another.
-      image: False for the words alone, from which a language model learns what they mean.
+      image: False for words alone: the description stands in the place of the image.
     """
 
     def __init__(
@@ -55,15 +55,16 @@ class Digits:
         pictures, labels = _images(self.split)
         chosen = rng.integers(len(labels), size=4)
         digits = {c: int(labels[chosen[c]]) for c in cells}
-        caption = ", ".join(f"{d} {PLACES[c]}" for c, d in digits.items())
+        caption = ", ".join(f"{PLACES[c]} {d}" for c, d in digits.items())
         said = [("describe", "Describe the scene.", caption)] if self.describe else []
         others = [k for k in KINDS if k != first and _possible(k, cells)]
         kinds = [first, *rng.permutation(others).tolist()][: self.questions]
         said += [(kind, *_ask(kind, digits, rng)) for kind in kinds]
         turns: list[Turn] = []
         for i, (_, question, answer) in enumerate(said):
-            here = (Part(kind="image", media=0),) if self.image and i == 0 else ()
-            turns += [Turn(role="user", parts=(*here, Part(text=question))), Turn(role="assistant", parts=(Part(text=answer),))]
+            scene = Part(kind="image", media=0) if self.image else Part(text=f"{caption}. ")
+            parts = (scene, Part(text=question)) if i == 0 else (Part(text=question),)
+            turns += [Turn(role="user", parts=parts), Turn(role="assistant", parts=(Part(text=answer),))]
         picture = _draw({c: pictures[chosen[c]] for c in cells}, rng) if self.image else b""
         return Example(
             id=f"digits/{self.split}/{self.seed}/{index:06d}",
@@ -98,12 +99,12 @@ def _ask(kind: str, digits: dict[int, int], rng: np.random.Generator) -> tuple[s
     cells = list(digits)
     if kind == "which":
         cell = int(rng.choice(cells))
-        return f"Which digit is at the {PLACES[cell]}?", str(digits[cell])
+        return f"Which digit is in the {PLACES[cell]}?", str(digits[cell])
     if kind == "count":
         return "How many digits are there?", str(len(cells))
     if kind == "read":
         row = int(rng.choice(_full_rows(cells)))
-        return f"Read the {('top', 'bottom')[row]} row from left to right.", f"{digits[2 * row]} {digits[2 * row + 1]}"
+        return f"Read the {('upper', 'lower')[row]} row from left to right.", f"{digits[2 * row]} {digits[2 * row + 1]}"
     a, b = sorted(rng.choice(cells, size=2, replace=False).tolist())
     pair = f"{PLACES[a]} and {PLACES[b]}"
     if kind == "larger":
