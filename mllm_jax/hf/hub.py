@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mllm_jax.config import ConfigError
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")     # no pickles, and no weights of other frameworks
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")     # no weights of other frameworks
+PICKLES = ("pytorch_model*.bin",)       # only where there is nothing else; see torch_bin.py
 
 
 def folder_of(source: str | Path) -> Path:
@@ -24,7 +25,10 @@ def folder_of(source: str | Path) -> Path:
 
     repo, _, revision = name.removeprefix("hf://").partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED))
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(repo, revision=revision or None, allow_patterns=PICKLES)
+        return folder
     except Exception as error:  # noqa: BLE001          # of requests, httpx or the Hub; each means the same to the reader
         why = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigError(f"{name} cannot be fetched ({type(error).__name__}: {why}); where there is no network, download "

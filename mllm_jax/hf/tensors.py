@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from mllm_jax.config import ConfigError
-from mllm_jax.types import record
+from mllm_jax.hf.stored import Stored
+from mllm_jax.hf.torch_bin import read_pickle
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -31,51 +32,35 @@ NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 SLAB = 8 << 20                          # bytes that are put into order at once when writing
 MAX_HEADER = 100_000_000                # as in the safetensors package
 INDEX = "model.safetensors.index.json"
+PICKLES, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"       # where a folder has nothing better
 NATIVE = "params.safetensors"           # our own paths and stacked layers, see convert.py
-
-
-@record
-class Stored:
-    """A tensor in a file."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def view(self) -> np.ndarray:
-        """The tensor, read from the disk where it is looked at."""
-        if not self.nbytes:
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder, by name.
 
     Raises:
-      ConfigError: no safetensors, a shard is missing, or a file is cut short; the message names it.
+      ConfigError: no tensors, a shard is missing, or a file is cut short; the message names it.
     """
     if (native := folder / NATIVE).exists():
         return read_header(native)
+    read = read_header
     if (index := folder / INDEX).exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
+    elif len(found := sorted(p.name for p in folder.glob("*.safetensors"))) == 1:
+        names = found
+    elif not found and (folder / PICKLES).exists():
+        names, read = sorted(set(json.loads((folder / PICKLES).read_text())["weight_map"].values())), read_pickle
+    elif not found and (folder / PICKLE).exists():
+        names, read = [PICKLE], read_pickle
     else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-        if len(names) != 1:
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            found = f"only PyTorch pickles ({pickles[0]}, ...), which are programs and are not opened" if pickles else (
-                f"{len(names)} .safetensors files and no {INDEX}")
-            raise ConfigError(f"{folder} holds {found}; save the model as safetensors (save_pretrained does) and try again")
+        raise ConfigError(f"{folder} holds {len(found)} .safetensors files and no {INDEX}, and no {PICKLE}; "
+                          "save the model as safetensors (save_pretrained does) and try again")
     if missing := [n for n in names if not (folder / n).exists()]:
         raise ConfigError(f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}; download it again")
-    return {name: t for file in names for name, t in read_header(folder / file).items()}
+    return {name: t for file in names for name, t in read(folder / file).items()}
 
 
 def read_header(file: Path) -> dict[str, Stored]:
