@@ -91,17 +91,18 @@ class Recipe:
 
     def tiny(self) -> "Recipe":
         """The same system small enough for a laptop: same code paths, small widths, data that is already here."""
-        stages = {name: _tiny_stage(stage) for name, stage in self.stages.items()}
+        stages = {name: _tiny_stage(stage, stage.model or self.model) for name, stage in self.stages.items()}
         return replace(self, model=self.model.tiny(), stages=stages, tokenizer="bytes", params=None)
 
 
 BUILT_IN = ("shapes", "digits")         # data that needs no files
 
 
-def _tiny_stage(stage: Stage) -> Stage:
+def _tiny_stage(stage: Stage, model: Any) -> Stage:
     """Sources that need files become the built-in scenes of shapes; weights that must be downloaded are left out."""
     local = {k: v for k, v in stage.weights.items() if v.startswith(("stage://", "copy://"))}
     here = {name: weight for name, weight in stage.data.sources.items() if name.startswith(BUILT_IN)}
-    # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them.
-    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=min(stage.data.seq_len, 320))
+    # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them; a caption of pairs is cut.
+    seq_len = 320 if hasattr(model, "decoder") else stage.data.seq_len
+    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len)
     return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local)

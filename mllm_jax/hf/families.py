@@ -8,7 +8,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.hf import clip, llama, llava, qwen, siglip
-from mllm_jax.hf.family import Family
+from mllm_jax.hf.family import CannotExpress, Family
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 
@@ -35,7 +35,7 @@ def family_of(cfg: Any) -> Family:
         return clip.CLIP if cfg.inputs["image"].encoder.class_token else siglip.SIGLIP
     if isinstance(cfg, ViTConfig):
         return clip.CLIP_VISION if cfg.class_token else siglip.SIGLIP_VISION
-    raise ConfigError(f"no family of the Hub is like this {type(cfg).__name__}")
+    raise CannotExpress(f"no family of the Hub is like this {type(cfg).__name__}")
 
 
 def describe(folder: Path) -> tuple[Family, Any]:

@@ -24,6 +24,10 @@ from mllm_jax.nn.param import split
 LEAVES_OF_LORA = ("lora/a", "lora/b")
 
 
+class CannotExpress(ConfigError):
+    """A model of ours that its family of the Hub has no options for."""
+
+
 @config
 class Row:
     theirs: str
@@ -141,13 +145,16 @@ class Family:
         """config.json and the preprocessor's configuration of this value of ours.
 
         Raises:
-          ConfigError: reading them back would give something else, because the family has no such option.
+          CannotExpress: reading them back would give something else, because the family has no such option.
         """
-        theirs = self.hf_config(cfg, ids)
-        lost = differences(self.config(*theirs), cfg, self.free)
+        try:
+            theirs = self.hf_config(cfg, ids)
+            lost = differences(self.config(*theirs), cfg, self.free)
+        except ConfigError as error:
+            raise CannotExpress(str(error)) from error
         if lost:
             what = "; ".join(f"{path}={want!r} (it would be {got!r})" for path, (got, want) in lost.items())
-            raise ConfigError(f"the family {self.model_type!r} cannot express {what}")
+            raise CannotExpress(f"the family {self.model_type!r} cannot express {what}")
         return theirs
 
 

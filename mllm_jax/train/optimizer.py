@@ -31,7 +31,8 @@ def schedule(cfg: Optimizer, steps: int) -> optax.Schedule:
         "cosine": lambda: optax.cosine_decay_schedule(cfg.lr, rest, alpha=cfg.end),
         "linear": lambda: optax.linear_schedule(cfg.lr, cfg.lr * cfg.end, rest),
         "constant": lambda: optax.constant_schedule(cfg.lr),
-        "rsqrt": lambda: lambda step: cfg.lr * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
+        # Before the warm-up ends the step counted from there is negative, and its value is not used.
+        "rsqrt": lambda: lambda step: cfg.lr * jnp.sqrt(max(warmup, 1) / (jnp.maximum(step, 0) + max(warmup, 1))),
     }
     if cfg.schedule not in after:
         raise ConfigError(f"optimizer.schedule is {cfg.schedule!r}; it can be {', '.join(after)}")

@@ -22,6 +22,7 @@ from mllm_jax.evaluation.run import evaluate
 from mllm_jax.evaluation.samples import write_samples
 from mllm_jax.evaluation.tasks import Answers, Task
 from mllm_jax.hf.export import export
+from mllm_jax.hf.family import CannotExpress
 from mllm_jax.nn.param import Params
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
@@ -143,12 +144,17 @@ def _samples(run: Run, stage: str) -> None:
 
 
 def _export(run: Run, stage: str, params: Params) -> None:
+    """export/; a model that no class of transformers is like has none, which is no reason to fail a run that is done."""
     model, data = run.model_of(stage), run.recipe.stages[stage].data
     folder = run.folder / "export"
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
     chat = Template(data.template, run.tokenizer).jinja if hasattr(model, "decoder") else None
-    export(params, model, folder, tokenizer=run.tokenizer, chat_template=chat, seq_len=data.seq_len)
+    try:
+        export(params, model, folder, tokenizer=run.tokenizer, chat_template=chat, seq_len=data.seq_len)
+    except CannotExpress as error:
+        if jax.process_index() == 0:
+            print(f"no Hugging Face folder: {error}; the run itself can be evaluated, and generated from", flush=True)
 
 
 def _earlier_seconds(out: Path) -> float:
