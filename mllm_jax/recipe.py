@@ -105,4 +105,5 @@ def _tiny_stage(stage: Stage, model: Any) -> Stage:
     # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them; a caption of pairs is cut.
     seq_len = 320 if hasattr(model, "decoder") else stage.data.seq_len
     data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len)
-    return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local)
+    return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local,
+                   evals={name: task.tiny() for name, task in stage.evals.items()})
