@@ -47,7 +47,7 @@ def load(name: str) -> Any:
     What follows the colon are knobs: arguments of the recipe function, which move several fields together.
 
     Raises:
-      ConfigError: no such recipe or knob; the message names the nearest ones.
+      ConfigError: no such recipe, knob or value of a knob; the message names the nearest ones.
     """
     path, _, knobs = name.partition(":")
     path = path.removeprefix("configs/").removesuffix(".py")
@@ -61,7 +61,10 @@ def load(name: str) -> Any:
         if not equals or key not in accepted:
             raise ConfigError(f"{path} has no knob {knob!r}; it has: {', '.join(accepted) or 'none'}")
         arguments[key] = parse(text)
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except KeyError as error:           # a size that its table does not have
+        raise ConfigError(f"{name}: no knob of {path} can be {error.args[0]!r}; configs/{path}.py has the values") from error
 
 
 def override(cfg: T, assignment: str) -> T:

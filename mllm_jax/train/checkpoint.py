@@ -24,6 +24,7 @@ from mllm_jax.nn.param import Params
 from mllm_jax.train.state import Blueprint, TrainState, under
 
 KEEP = 2                                # newest checkpoints kept in a stage
+ANEW = "start anew with --fresh"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "mllm_jax")
 
 
@@ -79,6 +80,7 @@ class Checkpoints:
         path = self.folder / "checkpoints" / str(step)
         with _readable(path, others=[c.step for c in self.saver.checkpoints if c.step != step]):
             found = self.saver.load_checkpointables(step, {"state": parts, "meta": None})
+        with _readable(self.folder / "frozen", advice=ANEW):
             frozen = ocp.load(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
         state = TrainState(step=found["state"]["step"], params=found["state"]["params"], frozen=frozen,
                            opt_state=found["state"]["opt_state"], ema=found["state"].get("ema"))
@@ -110,7 +112,10 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
     with _readable(path):
         saved = ocp.metadata(path, checkpointable_name="state").metadata
         part = "ema" if "ema" in saved else "params"
+    with _readable(folder / "frozen", advice=ANEW):
         frozen = ocp.metadata(folder / "frozen").metadata if (folder / "frozen").exists() else {}
+        if frozen is None:              # Orbax logs it and goes on
+            raise ValueError("its metadata are broken")
     for name, want in wanted.items():
         have = saved[part].get(name) or frozen.get(name)
         if have is None:
@@ -122,7 +127,8 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
     with _readable(path), context:
         mine = {k: v for k, v in wanted.items() if k in saved[part]}
         out = ocp.load(path, {part: mine}, checkpointable_name="state")[part] if mine else {}
-        rest = {k: v for k, v in wanted.items() if k not in mine}
+    rest = {k: v for k, v in wanted.items() if k not in mine}
+    with _readable(folder / "frozen", advice=ANEW), context:
         return out | (ocp.load(folder / "frozen", rest) if rest else {})
 
 
@@ -221,8 +227,9 @@ class _explained:
 class _readable:
     """Turns a failed read into one line that names the folder."""
 
-    def __init__(self, path: Path, others: list[int] | None = None):
-        self.path, self.others = path, others
+    def __init__(self, path: Path, others: list[int] | None = None, advice: str = ""):
+        self.path = path
+        self.advice = advice or (f"delete it to resume from step {max(others)}" if others else f"delete it, or {ANEW}")
 
     def __enter__(self) -> None:
         pass
@@ -230,8 +237,7 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, Exception) or isinstance(error, (ConfigError, CheckpointError)):
             return
-        back = f"delete it to resume from step {max(self.others)}" if self.others else "delete it, or start anew with --fresh"
-        raise CheckpointError(f"the checkpoint {self.path} cannot be read: {_cause(error)}; {back}") from error
+        raise CheckpointError(f"the checkpoint {self.path} cannot be read: {_cause(error)}; {self.advice}") from error
 
 
 def _cause(error: BaseException) -> str:

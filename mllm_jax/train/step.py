@@ -40,7 +40,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.ema if ema is None else optax.incremental_update(params, state.ema, 1 - ema)
-        scores |= {"loss": mean(total_loss(objectives, scores)), "grad_norm": mean(optax.global_norm(grads))}
+        scores |= {"loss": mean(total_loss(objectives, scores)), "grad_norm": mean(optax.tree.norm(grads))}
         return TrainState(step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=average), scores
 
     return step
