@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.config import ConfigError, nearest
@@ -165,14 +166,20 @@ def initial_params(
             found = read_params(folder, {name_of[w]: blueprint.shapes[w] for w in inside.values()})
             given |= {w: found[name_of[w]] for w in inside.values()}
         elif scheme == "copy":
-            copies |= {whole: "/".join(filter(None, (rest, short))) for short, whole in inside.items()}
+            theirs = {whole: "/".join(filter(None, (rest, short))) for short, whole in inside.items()}
+            for whole, other in theirs.items():
+                if other not in blueprint.shapes or blueprint.shapes[other].shape != blueprint.shapes[whole].shape:
+                    raise ConfigError(f"weights says that {subtree!r} starts from copy://{rest}, but there is no parameter {other!r} "
+                                      f"of the shape {blueprint.shapes[whole].shape} of {whole!r}; name a part of the same kind")
+            copies |= theirs
         else:
             given |= from_hf(source, subtree, {w: blueprint.shapes[w] for w in inside.values()})
     rest = {k: v for k, v in blueprint.shapes.items() if k not in given and k not in copies}
     if rest and previous is not None:
         given |= read_params(run_dir / "stages" / previous, rest)
     params = blueprint.init(seed, given)
-    return params | {k: params[source] for k, source in copies.items()}
+    # True copies: the step donates its state, and the same buffer cannot be given away twice.
+    return params | {k: jax.device_put(jnp.copy(params[source]), blueprint.shapes[k].sharding) for k, source in copies.items()}
 
 
 def parts(paths: Mapping[str, Any]) -> list[str]:
