@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mllm_jax.config import config
 from mllm_jax.objectives.base import Uncorrupted
+from mllm_jax.sharding import constrain
 from mllm_jax.types import Batch, Mean, Outputs, mean
 
 
@@ -54,6 +55,7 @@ def _logits(out: Outputs, batch: Batch, pair: tuple[str, str]) -> tuple[jax.Arra
         if modality not in out.embeds:
             raise KeyError(f"a contrastive objective pairs {pair}; the model gave embeds of {sorted(out.embeds)}")
     x, y = (out.embeds[m] for m in pair)
-    logits = out.scale * (x @ y.T)
+    # Every device compares its own rows with all rows of the other modality.
+    logits = out.scale * jnp.einsum("bd,cd->bc", x, constrain(y, "everyone joint_act"))
     logits = logits if out.bias is None else logits + out.bias
     return logits, jnp.any(batch.segments > 0, axis=1).astype(jnp.float32)

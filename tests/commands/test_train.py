@@ -41,7 +41,7 @@ def test_tiny_has_a_folder_of_its_own_and_an_override_is_the_last_word(given):
     assert main(["train", "first/digits", "--tiny", "--fresh", "stages.align.steps=5"]) == 0
     [(recipe, options)] = given
     assert recipe == load_recipe("first/digits", ["stages.align.steps=5"], tiny=True)
-    assert recipe.stages["align"].steps == 5 and recipe.stages["align"].data.sources == {"shapes": 1.0}
+    assert recipe.stages["align"].steps == 5 and recipe.stages["align"].data.sources == {"digits_questions": 1.0}
     assert options.out == Path("runs/first-digits-tiny") and options.tiny and options.fresh
 
 

@@ -374,7 +374,7 @@ def test_perplexity_is_that_of_transformers(tmp_path, torch):
     from mllm_jax.models.mllm import MLLMConfig
     from tests.hf import tiny
 
-    theirs, tokenizer = tiny.save("llama", tmp_path / "llama"), letters()
+    (theirs, _), tokenizer = tiny.save("llama", tmp_path / "llama"), letters()
     decoder, params = load(tmp_path / "llama")
     task = Perplexity(source="python:tests.evaluation.test_run:texts", rows=2)
     result = evaluate(

