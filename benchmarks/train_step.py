@@ -1,4 +1,4 @@
-"""A training step (forward, backward, AdamW) of ours against transformers on PyTorch: same weights, same batch, float32.
+"""A training step (forward, backward, AdamW) against transformers on PyTorch: same weights, same batch, float32.
 
     python benchmarks/train_step.py [clip llava] [--pairs 9]
 
@@ -6,13 +6,15 @@
     llava   ViT 12 x 384 at 224/16, MLP, decoder 8 x 512 with 32,000 tokens; batch 8 of rows of 512, an image of 196
             tokens in each, 25 % of the text positions supervised.  Both run all layers of the ViT.
 
-Both are tuned as a user would. Theirs: attention of `torch` (SDPA), the faster of fused and foreach AdamW, a causal mask
-that is never materialized (no padding mask is given), as many threads as cores. Ours: `make_step` under the layout that
-`auto` gives on this machine, jitted, its state donated. One process, started with large memory pages, which both use.
-The losses of the first step, before anything is timed, must agree; then the two take turns, each going first in every
-second pair. What is printed is the median of the ratios of neighbours, of wall time and of CPU time. Wall time counts on
-a quiet machine. On a busy one start it on one core (`taskset -c 0`) and read the CPU time: with several threads those of
-OpenMP wait for one another where XLA's take other work, so that a busy machine slows theirs more than ours.
+Both are tuned as a user would. Theirs: attention of `torch` (SDPA), the faster of fused and foreach AdamW, a causal
+mask that is never materialized (no padding mask is given), as many threads as cores, no torch.compile. Ours:
+`make_step` under the layout that `auto` gives on this machine, jitted, its state donated. Neither clips gradients.
+One process, started with large memory pages, which both use.
+
+The losses of the first step, before anything is timed, must agree; then the two take turns, each going first in
+every second pair. What is printed is the median of the ratios of neighbours, of wall time and of CPU time. Wall time
+counts on a quiet machine. On a busy one start it on one core (`taskset -c 0`) and read the CPU time: with several
+threads those of OpenMP wait for one another where XLA's take other work, so a busy machine slows theirs more.
 """
 
 import argparse
@@ -31,10 +33,11 @@ from mllm_jax.launch import layouts, runtime
 
 VIT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
        "image_size": 224, "patch_size": 16}
-TEXT = {"vocab_size": 49_408, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6,
-        "max_position_embeddings": 77, "bos_token_id": 49_406, "eos_token_id": 49_407, "pad_token_id": 49_407}
-LLAMA = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
-         "max_position_embeddings": 512}
+TEXT = {"vocab_size": 49_408, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8,
+        "num_attention_heads": 6, "max_position_embeddings": 77, "bos_token_id": 49_406, "eos_token_id": 49_407,
+        "pad_token_id": 49_407}
+LLAMA = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+         "num_attention_heads": 8, "max_position_embeddings": 512}
 IMAGE_TOKEN, PATCHES, ROW, SUPERVISED = 31_999, 196, 512, 0.25
 LR, DECAY, B1, B2, EPS = 1e-4, 0.1, 0.9, 0.999, 1e-8
 LOSS = 1e-4             # relative: float32 sums in another order
@@ -56,6 +59,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(cores)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     print(f"{_cpu()}, {cores} cores, load {os.getloadavg()[0]:.1f}")
     print(f"jax {jax.__version__}; torch {torch.__version__}, transformers {transformers.__version__}")
     for name in args.models or MODELS:
@@ -77,12 +81,12 @@ def compare(name: str, pairs: int) -> None:
         order = (step, other) if i % 2 else (other, step)
         took = {f: seconds(f) for f in order}
         times.append((took[step], took[other]))
-    times = np.array(times[1:])                                 # [pair, ours or theirs, wall or CPU]; the first pair warms up
+    times = np.array(times[1:])             # [pair, ours or theirs, wall or CPU]; the first pair warms up
     for k, what in enumerate(("wall", "CPU")):
         mine, other = np.median(times[:, :, k], axis=0)
         ratios = times[:, 0, k] / times[:, 1, k]
         print(f"{name}: {what} time of ours {mine:.2f} s, theirs {other:.2f} s, ratio {np.median(ratios):.3f} "
-              f"(of {pairs} pairs: {ratios.min():.3f} to {ratios.max():.3f})", flush=True)
+              f"(in turn: {" ".join(f"{r:.2f}" for r in ratios)})", flush=True)
 
 
 def clip(rows: int = 16) -> tuple:
@@ -157,8 +161,8 @@ def ours(folder: Path, batch: object, objectives: dict) -> tuple[Callable, float
         state = make_state(params, trained, optimizer, blueprint)
         batch = to_device(batch, mesh)
         key = jax.random.key(0)
-        program = jax.jit(make_step(blueprint.graph, objectives, optimizer, microbatches=layout.microbatches), donate_argnums=0)
-        program = program.lower(state, batch, key).compile()
+        train = make_step(blueprint.graph, objectives, optimizer, microbatches=layout.microbatches)
+        program = jax.jit(train, donate_argnums=0).lower(state, batch, key).compile()
     del params
 
     def step() -> float:
@@ -217,7 +221,8 @@ def as_ours(tokens: np.ndarray, weights: np.ndarray, real: np.ndarray, pixels: n
     as_int = lambda x: np.asarray(x, np.int32)
     b, s = tokens.shape
     values = rearrange(pixels, "b (y r) (x c) u -> b 1 (y x) (r c u)", r=16, c=16)
-    media = Media(values=values, coords=np.zeros((b, 1, PATCHES, 3), np.int32), mask=np.ones((b, 1), bool), slot=as_int(slot))
+    coords = np.zeros((b, 1, PATCHES, 3), np.int32)
+    media = Media(values=values, coords=coords, mask=np.ones((b, 1), bool), slot=as_int(slot))
     return Batch(
         tokens=as_int(tokens), targets=as_int(np.roll(tokens, -1, axis=1)), weights=np.asarray(weights, np.float32),
         segments=as_int(real), positions=as_int(np.broadcast_to(np.arange(s)[:, None], (b, s, 3))),
