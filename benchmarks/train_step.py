@@ -83,10 +83,10 @@ def compare(name: str, pairs: int) -> None:
         times.append((took[step], took[other]))
     times = np.array(times[1:])             # [pair, ours or theirs, wall or CPU]; the first pair warms up
     for k, what in enumerate(("wall", "CPU")):
-        mine, other = np.median(times[:, :, k], axis=0)
+        a, b = np.median(times[:, :, k], axis=0)
         ratios = times[:, 0, k] / times[:, 1, k]
-        print(f"{name}: {what} time of ours {mine:.2f} s, theirs {other:.2f} s, ratio {np.median(ratios):.3f} "
-              f"(in turn: {" ".join(f"{r:.2f}" for r in ratios)})", flush=True)
+        each = " ".join(f"{r:.2f}" for r in ratios)
+        print(f"{name}: {what} time of ours {a:.2f} s, theirs {b:.2f} s, ratio {np.median(ratios):.3f} (in turn {each})")
 
 
 def clip(rows: int = 16) -> tuple:
