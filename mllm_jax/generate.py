@@ -22,7 +22,7 @@ from mllm_jax.data.batch import prompt_batch
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode_prompt
 from mllm_jax.hosts import gather, is_writer, local_rows
-from mllm_jax.models.mllm import MLLMConfig
+from mllm_jax.models.mllm import Entering, MLLMConfig
 from mllm_jax.nn.param import Params, axes_of, merge, split
 from mllm_jax.sharding import Layout, constrain, host_share, put_rows, row_shards, sharding_of, use
 from mllm_jax.sharding import rows as by_rows
@@ -86,7 +86,7 @@ def generate(
         zeros = jnp.zeros((b, 1), jnp.int32)
         one = Batch(tokens=token[:, None], targets=zeros, weights=zeros.astype(jnp.float32), positions=position, kinds=zeros,
                     segments=batch.segments[:, -1:])
-        logits, cache = model.extend(model.decoder.embed(one.tokens), one, cache)
+        logits, cache = model.extend(Entering(x=model.decoder.embed(one.tokens)), one, cache)
         token, done, out = choose(logits, i, done, out)
         return i + 1, token, done, out, cache
 

@@ -1,18 +1,22 @@
-"""The decoder: one transformer whose options cover the language models and text towers of the cookbook."""
+"""The decoder: one transformer whose options cover the language models and text towers of the cookbook.
+
+What layers do not have in common is in their `cycle`: windows, experts, what reads the media beside the row.
+"""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import config
+from mllm_jax.decoders.layers import Layer, Memory, Scene
 from mllm_jax.nn import stack, visibility
 from mllm_jax.nn.attention import LayerCache
-from mllm_jax.nn.block import Block
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param
-from mllm_jax.nn.position import Llama3Scaling, Rope
+from mllm_jax.nn.position import Llama3Scaling, Rope, Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain
 from mllm_jax.types import Batch, Mean, struct
@@ -27,14 +31,21 @@ class DecoderConfig(BlockConfig):
     causal: bool = True                 # False: a position sees all of its segment (text tower of SigLIP)
     head: str = "own"                   # what makes logits: its "own" matrix, the "tied" embedding, or "none"
     embed_scale: float = 1.0            # factor on the embeddings (Gemma: the root of the width)
+    cycle: tuple[Any, ...] = (Layer(),)     # layer i is of the kind i modulo so many: decoders/layers.py
 
     def build(self, *, rngs: nnx.Rngs) -> "Decoder":
         return Decoder(self, rngs=rngs)
 
     def tiny(self) -> "DecoderConfig":
         rope = self.rope and replace(self.rope, sections=self.rope.sections and (2, 1, 1))
-        return replace(self, vocab=264, width=32, depth=2, heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
-                       head_dim=None, rope=rope, positions=self.positions and 320)
+        return replace(
+            self, vocab=264, width=32, depth=max(2, len(self.cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
+            head_dim=None, rope=rope, positions=self.positions and 320, cycle=tuple(layer.tiny() for layer in self.cycle))
+
+    @property
+    def memory_width(self) -> int | None:
+        """Width of the media tokens that layers read beside the row; None if no layer reads."""
+        return next((layer.reads.width for layer in self.cycle if getattr(layer, "reads", None)), None)
 
 
 LLAMA = DecoderConfig(vocab=32_000, width=4096, depth=32, heads=32, mlp=11_008, norm=RMSNorm(eps=1e-5))
@@ -57,13 +68,14 @@ SIGLIP_TEXT_SO400M = replace(SIGLIP_TEXT_B, width=1152, depth=27, heads=16, mlp=
 
 @struct
 class Cache:
-    """What a decoder remembers of a row: keys and values of all layers, and who may see them."""
+    """What a decoder remembers of a row: keys and values of all layers, who may see them, and media beside the row."""
 
     k: jax.Array                        # f[l b t g k]
     v: jax.Array                        # f[l b t g k]
     segments: jax.Array                 # i32[b t], 0 where nothing is written yet
     order: jax.Array                    # i32[b t]
     index: jax.Array                    # i32[]: where the next token goes
+    memory: Memory | None = None        # what the last position saw, the next ones see
 
 
 class Decoder(nnx.Module):
@@ -71,7 +83,7 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.embedding = Embedding(cfg.vocab, cfg.width, rngs=rngs)
         self.position = param(rngs, (cfg.positions, cfg.width), "position embed", normal(0.01)) if cfg.rope is None else None
-        self.blocks = stack.make([lambda r: Block(cfg, rngs=r)], cfg.depth, rngs=rngs)
+        self.blocks = stack.make([lambda r, layer=layer: layer.build(cfg, rngs=r) for layer in cfg.cycle], cfg.depth, rngs=rngs)
         self.norm = cfg.norm.build(cfg.width, rngs=rngs)
         self.head = param(rngs, (cfg.width, cfg.vocab), "embed vocab", normal(0.02)) if cfg.head == "own" else None
 
@@ -88,27 +100,48 @@ class Decoder(nnx.Module):
         """i32[b s] -> f[b s d]."""
         return self.embedding(tokens) * jnp.asarray(self.cfg.embed_scale, compute_dtype())
 
-    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> tuple[jax.Array, dict[str, Mean], Cache | None]:
-        """Embeddings f[b s d] -> (hidden states f[b s d], auxiliary losses, the cache with these positions in it)."""
-        cfg = self.cfg
-        head_dim = cfg.head_dim or cfg.width // cfg.heads
-        rotation = None if cfg.rope is None else cfg.rope(batch.positions, head_dim)
+    def __call__(
+        self, x: jax.Array, batch: Batch, *, memory: Memory | None = None, deep: jax.Array | None = None, cache: Cache | None = None,
+    ) -> tuple[jax.Array, dict[str, Mean], Cache | None]:
+        """Embeddings f[b s d] -> (hidden states f[b s d], auxiliary losses, the cache with these positions in it).
+
+        `deep` f[n b s d] is added to what the first n layers give (DeepStack, arXiv:2406.04334).
+        """
         if self.position is not None:
             x = x + lookup(self.position[...], batch.positions[..., 0], "position").astype(x.dtype)
-        sees = visibility.of_batch(batch, causal=cfg.causal)
         if cache is not None:
-            cache, sees = remember(cache, sees)
+            memory = cache.memory if memory is None else memory
+        scene, rotations = self.scene(batch, memory), self.rotations(batch.positions)
+        if cache is not None:
+            cache, sees = remember(cache, scene)
+            scene = replace(scene, sees=sees)
 
-        def step(carry: tuple, block: Block, i: jax.Array) -> tuple:
+        def step(carry: tuple, layer: nnx.Module, i: jax.Array, j: int) -> tuple:
             x, kv = carry
             kv = kv and LayerCache(k=kv[0], v=kv[1], layer=i, index=cache.index)
-            x, kv = block(constrain(x, "batch seq embed_act"), sees, rotation=rotation, cache=kv)
-            return x, kv and (kv.k, kv.v)
+            x, kv, aux = layer(constrain(x, "batch seq embed_act"), scene, rotations[j], kv)
+            if deep is not None:
+                x = x + jnp.where(i < len(deep), deep[jnp.minimum(i, len(deep) - 1)], 0).astype(x.dtype)
+            return (x, kv and (kv.k, kv.v)), aux
 
-        x, kv = stack.run(self.blocks, step, (x, cache and (cache.k, cache.v)), depth=cfg.depth)
+        (x, kv), outs = stack.run(self.blocks, step, (x, cache and (cache.k, cache.v)), depth=self.cfg.depth)
+        aux: dict[str, Mean] = {}
+        for name, many in (pair for out in outs for pair in out.items()):
+            one = jax.tree.map(lambda a: jnp.sum(a, axis=0), many)
+            aux[name] = aux[name] + one if name in aux else one
         if cache is not None:
             cache = replace(cache, k=kv[0], v=kv[1], index=cache.index + x.shape[1])
-        return self.norm(x), {}, cache
+        return self.norm(x), aux, cache
+
+    def scene(self, batch: Batch, memory: Memory | None = None) -> Scene:
+        sees = visibility.of_batch(batch, causal=self.cfg.causal)
+        return Scene(sees=sees, kinds=batch.kinds, mask=batch.segments > 0, memory=memory)
+
+    def rotations(self, positions: jax.Array) -> list[Rotation | None]:
+        """How the layers of each place in the cycle turn queries and keys at i32[b s 3]."""
+        ropes = [layer.rope or self.cfg.rope for layer in self.cfg.cycle]
+        made = {rope: rope(positions, self.cfg.head_dim or self.cfg.width // self.cfg.heads) for rope in set(ropes) - {None}}
+        return [made.get(rope) for rope in ropes]
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """A cache for so many rows of at most so many positions."""
@@ -119,12 +152,14 @@ class Decoder(nnx.Module):
                      index=jnp.zeros((), jnp.int32))
 
 
-def remember(cache: Cache, new: Visibility) -> tuple[Cache, Visibility]:
+def remember(cache: Cache, scene: Scene) -> tuple[Cache, Visibility]:
     """The cache with the new positions written at its index, and what those see of it.
 
     Causal order is the place in the cache; an order given in blocks must not pass it.
     """
     put = lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, cache.index))
-    order = new.order + cache.index
-    cache = replace(cache, segments=put(cache.segments, new.segments), order=put(cache.order, order))
-    return cache, Visibility(segments=new.segments, order=order, key_segments=cache.segments, key_order=cache.order)
+    new, start, order = scene.sees, cache.index, scene.sees.order + cache.index
+    memory = scene.memory and replace(scene.memory, slot=scene.memory.slot[:, -1:])
+    cache = replace(cache, segments=put(cache.segments, new.segments), order=put(cache.order, order), memory=memory)
+    sees = Visibility(segments=new.segments, order=order, key_segments=cache.segments, key_order=cache.order, start=start)
+    return cache, sees

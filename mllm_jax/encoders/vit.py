@@ -139,10 +139,10 @@ class ViT(nnx.Module):
         x = x + table.astype(x.dtype)
         x = x if self.pre_norm is None else self.pre_norm(x)
 
-        def step(x: jax.Array, block: Block, _: jax.Array) -> jax.Array:
-            return block(constrain(x, "batch patch embed_act"))[0]
+        def step(x: jax.Array, block: Block, *_) -> tuple[jax.Array, None]:
+            return block(constrain(x, "batch patch embed_act"))[0], None
 
-        return stack.run(self.blocks, step, x, depth=depth)
+        return stack.run(self.blocks, step, x, depth=depth)[0]
 
 
 class AttentionPool(nnx.Module):

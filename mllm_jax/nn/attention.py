@@ -44,6 +44,7 @@ class Attention(nnx.Module):
         self.k = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
         self.v = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
         self.o = Linear((h, k), d, "heads head_dim embed", bias=cfg.out_bias, rngs=rngs)
+        self.query_scale = k**-0.5 if cfg.query_scale is None else cfg.query_scale
         self.q_norm = cfg.norm.build(k, axis="head_dim", rngs=rngs) if cfg.qk_norm else None
         self.k_norm = cfg.norm.build(k, axis="head_dim", rngs=rngs) if cfg.qk_norm else None
 
@@ -53,10 +54,14 @@ class Attention(nnx.Module):
         visibility: Visibility | None = None,
         *,
         memory: jax.Array | None = None,
+        window: int | None = None,
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """f[b s d] -> f[b s d] and the cache with the new keys and values; no visibility: all see all."""
+        """f[b s d] -> f[b s d] and the cache with the new keys and values; no visibility: all see all.
+
+        With a `window` a position sees only so many of the last ones, itself among them.
+        """
         memory = x if memory is None else memory
         q, k, v = self.q(x), self.k(memory), self.v(memory)
         if self.q_norm is not None:
@@ -66,16 +71,19 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(k, v)
             k, v = cache.read()
-        return self.o(attend(q, k, v, visibility)), cache
+        return self.o(attend(q, k, v, visibility, scale=self.query_scale, window=window)), cache
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, *, scale: float | None = None, window: int | None = None,
+) -> jax.Array:
     """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
     groups = k.shape[2]
-    q = rearrange(q * q.shape[-1] ** -0.5, "b s (g r) k -> b g r s k", g=groups)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=groups)
     scores = jnp.einsum("bgrsk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
     if visibility is not None:
         # Finite, so that a padding row, which sees nobody, gives a mean and not NaN.
-        scores = jnp.where(visibility.mask()[:, None, None], scores, -1e30)
+        scores = jnp.where(visibility.mask(window)[:, None, None], scores, -1e30)
     out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return rearrange(out, "b s g r k -> b s (g r) k")

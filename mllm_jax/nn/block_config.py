@@ -18,6 +18,8 @@ class BlockConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False               # queries and keys are normalized before the rotation
+    query_scale: float | None = None    # factor on the scores; None: head_dim ** -0.5
+    norms: str = "before"               # where they stand: see nn/block.py
 
 
 __all__ = ["BlockConfig", "Norm"]

@@ -26,24 +26,34 @@ def make(cycle: Sequence[Callable[[nnx.Rngs], nnx.Module]], depth: int, *, rngs:
     return nnx.List([jax.vmap(lambda key, one=one: one(nnx.Rngs(key)))(keys[j::c]) for j, one in enumerate(cycle)])
 
 
-def run(blocks: nnx.List, step: Callable[[Any, nnx.Module, jax.Array], Any], x: Any, *, depth: int) -> Any:
-    """Runs x = step(x, layer, i) for the first `depth` layers, rematerialized as the layout says."""
+Step = Callable[[Any, nnx.Module, jax.Array, int], tuple[Any, Any]]
+
+
+def run(blocks: nnx.List, step: Step, x: Any, *, depth: int) -> tuple[Any, list]:
+    """Runs x, out = step(x, layer, i, j) for the first `depth` layers, rematerialized as the layout says.
+
+    i is the number of the layer, traced, and j its place in the cycle.  Returns x, and for each place of the
+    cycle what its layers gave out, stacked.
+    """
     layout, c = current(), len(blocks)
     if layout.remat != "none":
-        step = jax.checkpoint(step, policy=POLICIES[layout.remat], prevent_cse=False)
+        step = jax.checkpoint(step, policy=POLICIES[layout.remat], prevent_cse=False, static_argnums=(3,))
     whole = depth // c
 
-    def cycle(x: Any, i_layers: tuple[jax.Array, list[nnx.Module]]) -> tuple[Any, None]:
+    def cycle(x: Any, i_layers: tuple[jax.Array, list[nnx.Module]]) -> tuple[Any, list]:
         i, layers = i_layers
+        outs = []
         for j, layer in enumerate(layers):
-            x = step(x, layer, i * c + j)
-        return x, None
+            x, out = step(x, layer, i * c + j, j)
+            outs.append(out)
+        return x, outs
 
     first = [_take(block, slice(0, whole)) for block in blocks]
-    x, _ = jax.lax.scan(cycle, x, (jnp.arange(whole), first), unroll=min(layout.unroll, max(whole, 1)))
+    x, outs = jax.lax.scan(cycle, x, (jnp.arange(whole), first), unroll=min(layout.unroll, max(whole, 1)))
     for j in range(depth % c):
-        x = step(x, _take(blocks[j], whole), jnp.asarray(whole * c + j))
-    return x
+        x, out = step(x, _take(blocks[j], whole), jnp.asarray(whole * c + j), j)
+        outs[j] = jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), outs[j], out)
+    return x, outs
 
 
 def _take(block: nnx.Module, index: slice | int) -> nnx.Module:

@@ -3,6 +3,8 @@
 Query i sees key j when they are of the same segment and `order[j] <= order[i]`.  Counting up gives
 causal attention, one number for a whole span makes it bidirectional inside, and segments keep packed
 examples apart.  Segment 0 is padding: nobody sees it, and what it sees does not matter.
+
+A window lets a query see the last so many places of the row only; inside its own span it sees all.
 """
 
 import jax
@@ -17,11 +19,18 @@ class Visibility:
     order: jax.Array                    # i32[b s]
     key_segments: jax.Array             # i32[b t]
     key_order: jax.Array                # i32[b t]
+    start: jax.Array | int = 0          # i32[]: place of the first query among the keys
 
-    def mask(self) -> jax.Array:
+    def mask(self, window: int | None = None) -> jax.Array:
         """bool[b s t]."""
         same = self.segments[:, :, None] == self.key_segments[:, None, :]
-        return same & (self.key_segments[:, None, :] > 0) & (self.key_order[:, None, :] <= self.order[:, :, None])
+        order, key_order = self.order[:, :, None], self.key_order[:, None, :]
+        seen = same & (self.key_segments[:, None, :] > 0) & (key_order <= order)
+        if window is None:
+            return seen
+        s, t = order.shape[1], key_order.shape[2]
+        near = (self.start + jnp.arange(s))[:, None] - jnp.arange(t) < window
+        return seen & (near | (key_order == order))
 
 
 def of_batch(batch: Batch, *, causal: bool = True) -> Visibility:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax.nn import stack, visibility
+from mllm_jax.nn import stack
 from mllm_jax.nn.param import merge, split
 from mllm_jax.types import Batch, Media
 
@@ -39,19 +39,17 @@ def media(rows: list[list[bytes]], view, patch: int, slot: np.ndarray) -> Media:
 
 def decoder_states(decoder, x, b: Batch) -> list[jax.Array]:
     """What enters each layer, and what leaves the last, before the norm."""
-    cfg = decoder.cfg
-    rotation = None if cfg.rope is None else cfg.rope(b.positions, cfg.head_dim or cfg.width // cfg.heads)
+    cfg, scene, rotations = decoder.cfg, decoder.scene(b), decoder.rotations(b.positions)
     if decoder.position is not None:
         x = x + jnp.take(decoder.position[...], b.positions[..., 0], axis=0)
-    sees = visibility.of_batch(b, causal=cfg.causal)
 
-    def step(carry, block, i):
+    def step(carry, layer, i, j):
         x, states = carry
-        x = block(x, sees, rotation=rotation)[0]
-        return x, states.at[i + 1].set(x)
+        x = layer(x, scene, rotations[j])[0]
+        return (x, states.at[i + 1].set(x)), None
 
     empty = jnp.zeros((cfg.depth + 1, *x.shape)).at[0].set(x)
-    return list(stack.run(decoder.blocks, step, (x, empty), depth=cfg.depth)[1])
+    return list(stack.run(decoder.blocks, step, (x, empty), depth=cfg.depth)[0][1])
 
 
 __all__ = ["batch", "decoder_states", "graph_of", "media", "merge"]

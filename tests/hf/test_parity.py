@@ -181,7 +181,7 @@ def test_llava(saved, torch, name):
     @jax.jit
     def run(params):
         model = ours.merge(graph, params)
-        x, o = model.embed(batch), model(batch)
+        x, o = model.embed(batch).x, model(batch)
         return model.inputs["image"](batch.media["image"]).tokens, ours.decoder_states(model.decoder, x, batch), o.hidden, o.hidden @ o.unembed
 
     features, states, hidden, logits = run(params)
