@@ -118,11 +118,16 @@ def their_dual(cfg: DualEncoderConfig, ids: Ids) -> tuple[dict, dict]:
     return out, their_view(image.view, image.encoder)
 
 
+def is_dual(cfg: Any) -> bool:
+    return isinstance(cfg, DualEncoderConfig) and set(cfg.inputs) == {"image"}
+
+
 # How an image tower is used, which its checkpoint does not say, and where training started.
 POOLED = (r"inputs\.image\.encoder\.(layer|keep_class|final_norm)", "scale")
 
 CLIP = Family(
     model_type="clip", architecture="CLIPModel", config=dual, hf_config=their_dual, ignore=BUFFERS, free=POOLED,
+    like=lambda c: is_dual(c) and c.inputs["image"].encoder.class_token, processor_class="CLIPProcessor",
     parts=(
         Part(theirs="vision_model.", ours="inputs/image/", rows=IMAGE, of=lambda c: c.inputs["image"].encoder),
         Part(theirs="text_model.", ours="text/", rows=TEXT, of=lambda c: c.text),
@@ -131,6 +136,7 @@ CLIP = Family(
 )
 CLIP_VISION = Family(
     model_type="clip_vision_model", architecture="CLIPVisionModel", ignore=BUFFERS, free=("layer", "keep_class", "final_norm"),
+    like=lambda c: isinstance(c, ViTConfig) and c.class_token,
     config=vit, hf_config=lambda cfg, ids: (their_vit(cfg), {}), layouts=((r"^(?!vision_model\.)", "vision_model."),),
     parts=(Part(theirs="vision_model.", ours="", rows=IMAGE, of=lambda c: c),),
 )

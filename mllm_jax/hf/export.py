@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from mllm_jax.config import ConfigError
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.hf import families, llava
+from mllm_jax.hf import families
 from mllm_jax.hf.family import Family, Link, parameter_shapes
 from mllm_jax.hf.options import Ids
 from mllm_jax.hf.tensors import INDEX, Writer, replacing, shards
@@ -28,7 +28,6 @@ from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.nn.lora import LoRA, merge_adapters
 from mllm_jax.nn.position import interpolate
 
-PROCESSORS = {"clip": "CLIPProcessor", "siglip": "SiglipProcessor", "llava": "LlavaProcessor"}
 SHARD_BYTES = 5 << 30
 
 
@@ -77,9 +76,9 @@ def export(
         special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
         files["generation_config.json"] = {**special, **(generation or {})}
     if preprocessor:
-        files["preprocessor_config.json"] = preprocessor | {"processor_class": PROCESSORS[chosen.model_type]}
-    if isinstance(cfg, MLLMConfig):
-        files["processor_config.json"] = llava.processor(cfg)
+        files["preprocessor_config.json"] = preprocessor | {"processor_class": chosen.processor_class}
+    if chosen.processor:
+        files["processor_config.json"] = {"processor_class": chosen.processor_class, **chosen.processor(cfg)}
     first = jax.process_index() == 0
     with replacing(folder) if first else contextlib.nullcontext() as new:
         if first:

@@ -5,12 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import ConfigError
-from mllm_jax.decoders.transformer import DecoderConfig
-from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.hf import clip, llama, llava, qwen, siglip
 from mllm_jax.hf.family import CannotExpress, Family
-from mllm_jax.models.dual_encoder import DualEncoderConfig
-from mllm_jax.models.mllm import MLLMConfig
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
@@ -26,15 +22,10 @@ def family(model_type: str) -> Family:
 
 
 def family_of(cfg: Any) -> Family:
-    """The family that a model of ours is written as, unless another is asked for."""
-    if isinstance(cfg, MLLMConfig):
-        return llava.LLAVA
-    if isinstance(cfg, DecoderConfig):
-        return llava.decoder_family(cfg)
-    if isinstance(cfg, DualEncoderConfig) and set(cfg.inputs) == {"image"}:
-        return clip.CLIP if cfg.inputs["image"].encoder.class_token else siglip.SIGLIP
-    if isinstance(cfg, ViTConfig):
-        return clip.CLIP_VISION if cfg.class_token else siglip.SIGLIP_VISION
+    """The family that a model of ours is written as, unless another is asked for: the first that says it is alike."""
+    for found in FAMILIES.values():
+        if found.like(cfg):
+            return found
     raise CannotExpress(f"no family of the Hub is like this {type(cfg).__name__}")
 
 

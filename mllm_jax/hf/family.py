@@ -2,8 +2,9 @@
 
     row("encoder.layers.{i}.self_attn.q_proj.weight", "blocks/0/attn/q/kernel", "(h k) d -> d h k")
 
-`{i}` runs over the layers, which are entries of one stacked array of ours.  The third column is an einops
-pattern from their shape to that of one layer of ours.  A row counts only if the model has its parameter, so
+`{i}` runs over the layers, which are entries of one stacked array of ours.  Where layers differ in a cycle of c, layer i
+is entry i // c of `blocks/{i % c}`; tables write `blocks/0` for all, and `{k}` for i // c where theirs counts so.  The third
+column is an einops pattern from their shape to that of one layer of ours.  A row counts only if the model has its parameter, so
 that one table serves models with and without biases, query norms or a tied head; that every parameter has a
 row, and every tensor a parameter, is checked, and what is left over on either side is an error that names it.
 """
@@ -98,6 +99,9 @@ class Family:
     config: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]       # (config.json, preprocessor config) -> ours
     hf_config: Callable[[Any, Any], tuple[dict, dict]]                  # (ours, export.Ids) -> the same two
     parts: tuple[Part, ...]
+    like: Callable[[Any], bool] = lambda cfg: False                     # whether a model of ours is written as this family
+    processor: Callable[[Any], dict] | None = None                      # ours -> processor_config.json
+    processor_class: str = ""                                           # of transformers; "" for text alone
     layouts: tuple[tuple[str, str], ...] = ()   # regular expressions that bring other key layouts into that of the table
     ignore: tuple[str, ...] = ()                # buffers that old files hold: regular expressions
     free: tuple[str, ...] = ()                  # fields of our configuration that a checkpoint need not say, globs as in compare
@@ -114,14 +118,17 @@ class Family:
         for part in self.parts:
             of = part.of(cfg)
             sizes = {"p": of.patch, "q": of.patch} if hasattr(of, "patch") else {}
+            cycle = len(getattr(of, "cycle", "1"))
             for r in part.rows:
-                if (ours := part.ours + r.ours) not in shapes:
-                    continue
-                shape, stacked = shapes[ours], "{i}" in r.theirs
+                stacked = "{i}" in r.theirs or "{k}" in r.theirs
                 for i in range(of.depth) if stacked else [None]:
+                    ours = part.ours + (r.ours.replace("blocks/0/", f"blocks/{i % cycle}/") if stacked else r.ours)
+                    if ours not in shapes:
+                        continue
+                    k = i // cycle if stacked else None
                     out.append(Link(
-                        theirs=part.theirs + r.theirs.format(i=i), ours=ours, layer=i, part=r.part, how=r.how,
-                        shape=shape[1:] if stacked else shape, sizes=sizes if "p q" in r.how else {}))
+                        theirs=part.theirs + r.theirs.format(i=i, k=k), ours=ours, layer=k, part=r.part, how=r.how,
+                        shape=shapes[ours][1:] if stacked else shapes[ours], sizes=sizes if "p q" in r.how else {}))
         if homeless := sorted(shapes.keys() - {x.ours for x in out}):
             raise ConfigError(f"{self.model_type} has no place for {len(homeless)} parameters: {', '.join(homeless[:5])}")
         return out

@@ -4,7 +4,7 @@ Mistral is the same network; its sliding window is not implemented, so that a ch
 refused unless no row can be longer than it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mllm_jax.config import ConfigError
@@ -79,13 +79,15 @@ def mistral(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> DecoderConfig:
     return decoder(DEFAULTS | own | dict(hf))
 
 
-def causal_lm(model_type: str, architecture: str, config, hf_config) -> Family:
+def causal_lm(model_type: str, architecture: str, config, hf_config, like: Callable[[DecoderConfig], bool]) -> Family:
     return Family(
         model_type=model_type, architecture=architecture, config=config, hf_config=hf_config, ignore=BUFFERS,
+        like=lambda c: isinstance(c, DecoderConfig) and like(c),
         layouts=((r"^(?!model\.|lm_head\.)", "model."),),       # of the model without its head
         parts=(Part(theirs="", ours="", rows=ROWS, of=lambda c: c),))
 
 
-LLAMA = causal_lm("llama", "LlamaForCausalLM", llama, their_llama)
+LLAMA = causal_lm("llama", "LlamaForCausalLM", llama, their_llama, lambda c: not c.qk_norm and (not c.qkv_bias or c.out_bias))
+# Llama with other numbers, and written as Llama unless it is asked for.
 MISTRAL = causal_lm("mistral", "MistralForCausalLM", mistral,
-                    lambda cfg, ids: (their_decoder(cfg, ids, "mistral") | {"sliding_window": None}, {}))
+                    lambda cfg, ids: (their_decoder(cfg, ids, "mistral") | {"sliding_window": None}, {}), lambda c: False)

@@ -10,9 +10,8 @@ from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.connectors.mlp import MLPConfig
-from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.hf import clip, llama, qwen, siglip
+from mllm_jax.hf import clip, language, llama, siglip
 from mllm_jax.hf.family import Family, Part, linear
 from mllm_jax.hf.options import Ids, activation, their_activation, their_view, view
 from mllm_jax.models.mllm import MLLMConfig
@@ -23,24 +22,17 @@ CONNECTOR = (
     *linear("linear_2", "layers/1", "f d -> d f"),
 )
 TOWERS = {"clip_vision_model": clip.vit, "siglip_vision_model": siglip.vit}
-DECODERS = {"llama": llama.LLAMA, "mistral": llama.MISTRAL, "qwen2": qwen.QWEN2, "qwen3": qwen.QWEN3}
 # What the folders of llava-1.5 leave out of their configuration of CLIP-L/14.
 TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
          "num_attention_heads": 16, "patch_size": 14, "image_size": 336}
 
 
-def decoder_family(cfg: DecoderConfig) -> Family:
-    """The family whose options these are; Mistral is Llama with other numbers."""
-    return qwen.QWEN3 if cfg.qk_norm else qwen.QWEN2 if cfg.qkv_bias and not cfg.out_bias else llama.LLAMA
-
-
 def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
     vision, text = hf.get("vision_config") or {}, hf.get("text_config") or {}
     vision = (TOWER if vision.get("model_type", "clip_vision_model") == "clip_vision_model" else {}) | vision
-    kind, language = vision["model_type"], text.get("model_type", "llama")
-    if kind not in TOWERS or language not in DECODERS:
-        raise ConfigError(f"llava with {kind} and {language} is not supported; supported are {', '.join(TOWERS)} "
-                          f"with {', '.join(DECODERS)}")
+    kind = vision["model_type"]
+    if kind not in TOWERS:
+        raise ConfigError(f"llava with {kind} is not supported; supported are {', '.join(TOWERS)}")
     strategy, layer = hf.get("vision_feature_select_strategy", "default"), hf.get("vision_feature_layer", -2)
     encoder = TOWERS[kind](vision, pre)
     if not isinstance(layer, int):
@@ -54,17 +46,17 @@ def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
     image = TowerConfig(
         view=view(pre, vision["image_size"], crop=encoder.class_token), encoder=encoder, connector=connector)
     tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
-    return MLLMConfig(inputs={"image": image}, decoder=DECODERS[language].config({**text, "tie_word_embeddings": tied}, {}))
+    return MLLMConfig(inputs={"image": image}, decoder=language.decoder(text, "llava", tied=tied))
 
 
-def hf_config(cfg: MLLMConfig, ids: Ids, family: Family | None = None) -> tuple[dict, dict]:
+def hf_config(cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:
     if set(cfg.inputs) != {"image"} or cfg.inputs["image"].route != "splice" or not isinstance(cfg.inputs["image"].encoder, ViTConfig):
         raise ConfigError(f"the family 'llava' has one input, image, spliced from a ViT; the model has {sorted(cfg.inputs)}")
     tower = cfg.inputs["image"]
     encoder, connector = tower.encoder, tower.connector
     if not isinstance(connector, MLPConfig):
         raise ConfigError(f"the family 'llava' cannot express the connector {type(connector).__name__}; MLPConfig it can")
-    text, _ = (family or decoder_family(cfg.decoder)).hf_config(cfg.decoder, ids)
+    text = language.their_decoder(cfg.decoder, ids)
     out = {
         "model_type": "llava", "image_token_index": ids.image, "image_seq_length": encoder.grid**2 + encoder.keep_class,
         "projector_hidden_act": their_activation(connector.activation), "multimodal_projector_bias": connector.bias,
@@ -81,7 +73,7 @@ def processor(cfg: MLLMConfig) -> dict[str, Any]:
     """processor_config.json: how `LlavaProcessor` counts the placeholders of an image."""
     encoder = cfg.inputs["image"].encoder
     return {
-        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": encoder.patch,
+        "image_token": "<image>", "patch_size": encoder.patch,
         "num_additional_image_tokens": int(encoder.class_token),
         "vision_feature_select_strategy": "default" if encoder.class_token and not encoder.keep_class else "full",
     }  # fmt: skip
@@ -89,6 +81,7 @@ def processor(cfg: MLLMConfig) -> dict[str, Any]:
 
 LLAVA = Family(
     model_type="llava", architecture="LlavaForConditionalGeneration", config=config, hf_config=hf_config,
+    like=lambda c: isinstance(c, MLLMConfig), processor=processor, processor_class="LlavaProcessor",
     parts=(
         Part(theirs="vision_tower.vision_model.", ours="inputs/image/encoder/", rows=clip.IMAGE + siglip.POOL,
              of=lambda c: c.inputs["image"].encoder),

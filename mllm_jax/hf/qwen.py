@@ -36,5 +36,5 @@ def their_qwen3(cfg: DecoderConfig, ids: Ids) -> tuple[dict, dict]:
     return their_decoder(cfg, ids, "qwen3") | {"use_sliding_window": False, "attention_bias": cfg.qkv_bias}, {}
 
 
-QWEN2 = causal_lm("qwen2", "Qwen2ForCausalLM", qwen2, their_qwen2)
-QWEN3 = causal_lm("qwen3", "Qwen3ForCausalLM", qwen3, their_qwen3)
+QWEN2 = causal_lm("qwen2", "Qwen2ForCausalLM", qwen2, their_qwen2, lambda c: c.qkv_bias and not c.out_bias and not c.qk_norm)
+QWEN3 = causal_lm("qwen3", "Qwen3ForCausalLM", qwen3, their_qwen3, lambda c: c.qk_norm)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_jax.encoders.vit import ViTConfig
-from mllm_jax.hf.clip import BUFFERS, IMAGE, POOLED, TEXT, text_tower, their_text, their_tower, tower
+from mllm_jax.hf.clip import BUFFERS, IMAGE, POOLED, TEXT, is_dual, text_tower, their_text, their_tower, tower
 from mllm_jax.hf.family import Family, Part, linear, norm, row
 from mllm_jax.hf.options import HALF_COLOURS, Ids, colours, their_view, view
 from mllm_jax.models.dual_encoder import DualEncoderConfig, Projection
@@ -72,6 +72,7 @@ def their_dual(cfg: DualEncoderConfig, ids: Ids) -> tuple[dict, dict]:
 
 SIGLIP = Family(
     model_type="siglip", architecture="SiglipModel", config=dual, hf_config=their_dual, ignore=BUFFERS, free=(*POOLED, "bias"),
+    like=lambda c: is_dual(c) and not c.inputs["image"].encoder.class_token, processor_class="SiglipProcessor",
     parts=(
         Part(theirs="vision_model.", ours="inputs/image/", rows=IMAGE + POOL, of=lambda c: c.inputs["image"].encoder),
         Part(theirs="text_model.", ours="text/", rows=TEXT, of=lambda c: c.text),
@@ -80,6 +81,7 @@ SIGLIP = Family(
 )
 SIGLIP_VISION = Family(
     model_type="siglip_vision_model", architecture="SiglipVisionModel", ignore=BUFFERS,
+    like=lambda c: isinstance(c, ViTConfig) and not c.class_token,
     free=("layer", "keep_class", "final_norm"), config=vit, hf_config=lambda cfg, ids: (their_vit(cfg), {}),
     layouts=((r"^(?!vision_model\.)", "vision_model."),),
     parts=(Part(theirs="vision_model.", ours="", rows=IMAGE + POOL, of=lambda c: c),),

@@ -1,0 +1,29 @@
+"""The language models that the multimodal families of the Hub are built on, by `model_type` of their text configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_jax.config import ConfigError
+from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.hf import llama, qwen
+from mllm_jax.hf.family import CannotExpress, Family
+from mllm_jax.hf.options import Ids
+
+DECODERS: dict[str, Family] = {f.model_type: f for f in (llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3)}
+
+
+def decoder(text: Mapping[str, Any], where: str, *, tied: bool | None = None) -> DecoderConfig:
+    """A `text_config` as ours; `tied` is what the configuration around it says of the head."""
+    kind = text.get("model_type", "llama")
+    if kind not in DECODERS:
+        raise ConfigError(f"{where} with the language model {kind} is not supported; supported are {', '.join(DECODERS)}")
+    tied = text.get("tie_word_embeddings", False) if tied is None else tied
+    return DECODERS[kind].config({**text, "tie_word_embeddings": tied}, {})
+
+
+def their_decoder(cfg: DecoderConfig, ids: Ids) -> dict[str, Any]:
+    """The `text_config` of a decoder of ours."""
+    for found in DECODERS.values():
+        if found.like(cfg):
+            return found.hf_config(cfg, ids)[0]
+    raise CannotExpress(f"no language model of the Hub is like this decoder: {cfg}")
