@@ -41,7 +41,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: BlockConfig, *, d_memory: int | None = None, rngs: nnx.Rngs):
         d, h, g, k = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_dim or cfg.width // cfg.heads
         self.q = Linear(d, (h, k), "embed heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
-        self.k = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
+        self.k = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias and cfg.key_bias, rngs=rngs)
         self.v = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
         self.o = Linear((h, k), d, "heads head_dim embed", bias=cfg.out_bias, rngs=rngs)
         self.query_scale = k**-0.5 if cfg.query_scale is None else cfg.query_scale

@@ -15,6 +15,7 @@ class BlockConfig:
     activation: str = "silu"            # a name of nn/mlp.py
     norm: LayerNorm | RMSNorm = RMSNorm()
     qkv_bias: bool = False
+    key_bias: bool = True               # that of keys too; without a rotation softmax does not see it, and EVA and Whisper have none
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False               # queries and keys are normalized before the rotation

@@ -20,6 +20,7 @@ CLIP, SIGLIP = vit.CLIP_L14_336.tiny(), vit.SIGLIP_B16_224.tiny()
     [
         (CLIP, ("norm/",)),                                     # the last norm is that of the pooled vector
         (replace(SIGLIP, pool="none"), ()),
+        (vit.EVA_G14_224.tiny(), ()),
         (replace(SIGLIP, final_norm=True), ("pool/",)),
         (replace(CLIP, keep_class=True, final_norm=True, norm=vit.RMSNorm(), gated=True, table=3), ()),
     ],
@@ -31,6 +32,23 @@ def test_contract(cfg, unused):
 def media(cfg, seed=0):
     values = jax.random.normal(jax.random.key(seed), (1, 1, cfg.grid**2, cfg.patch_dim))
     return Media(values=values, coords=jnp.zeros((1, 1, cfg.grid**2, 3), int), mask=jnp.ones((1, 1), bool), slot=jnp.zeros((1, 1), int))
+
+
+def test_a_bias_of_keys_would_change_nothing():
+    """Softmax takes what all keys share away, so EVA and Whisper have none; here is the law that it rests on."""
+    cfg = replace(SIGLIP, pool="none", key_bias=True)
+    graph, params = split(cfg.build(rngs=nnx.Rngs(0)))
+    path = "blocks/0/attn/k/bias"
+    without = merge(split(replace(cfg, key_bias=False).build(rngs=nnx.Rngs(0)))[0], {k: v for k, v in params.items() if k != path})
+    biased = params | {path: 3 * jax.random.normal(jax.random.key(1), params[path].shape)}
+    run = jax.jit(lambda module: module(media(cfg)).tokens)
+    np.testing.assert_allclose(run(without), run(merge(graph, biased)), atol=1e-5)      # rounding of larger scores
+
+
+def test_eva_has_its_published_size():
+    """Blip2VisionModel of transformers has 985_952_256 parameters, of which 39 biases of keys are zero."""
+    shapes = jax.eval_shape(lambda: vit.EVA_G14_224.build(rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 985_952_256 - 39 * 1408
 
 
 def test_layers_after_the_chosen_one_do_not_count():
