@@ -58,13 +58,23 @@ class Data:
     batch_size: int                     # rows of the global batch
     seq_len: int                        # positions of a row
     template: str = "plain"             # chat format, a name of data/templates.py; "tokenizer": the tokenizer's own
-    items: Mapping[str, int] = field(default_factory=dict)   # modality -> media items a row has room for; default 1
+    items: Mapping[str, int] = field(default_factory=dict)   # modality -> tiles (packed layout: patches) a row has room for; default those of one medium
     pack: bool = True                   # several examples in a row; pairs (contrastive) are never packed
     overlong: str = "raise"             # an example longer than a row: "raise", "drop", or "truncate" its text at the end
     on_bad_example: str = "raise"       # an example that cannot be read: "raise" or "skip" (counted)
     augment: tuple[Any, ...] = ()       # changes of the media, keyed by the id of the example
     seed: int = 0
     workers: int = 0                    # processes that read; part of the iterator's state
+
+
+@config
+class LowRank:
+    """Adapters instead of training whole matrices (LoRA, arXiv:2106.09685); with rank 0 there are none."""
+
+    rank: int = 0
+    alpha: float | None = None          # None: twice the rank
+    parts: tuple[str, ...] = ("decoder",)   # subtrees whose linear layers get adapters, and of which nothing else trains
+    layers: tuple[str, ...] = ("*",)    # globs below a part: which of its linear layers, such as "*/attn/*"
 
 
 @config
@@ -76,6 +86,7 @@ class Stage:
     train: tuple[str, ...] = ("*",)     # globs over parameter paths; the rest is frozen
     model: Any = None                   # None: the model of the recipe
     weights: Mapping[str, str] = field(default_factory=dict)   # subtree -> hf://, a folder, stage://, recipe://, copy://
+    lora: LowRank = LowRank()
     ema: float | None = None            # decay of a moving average of the trained parameters
     evals: Mapping[str, Any] = field(default_factory=dict)     # name -> evaluation/tasks.py value, run after the stage
 
@@ -104,6 +115,7 @@ def _tiny_stage(stage: Stage, model: Any) -> Stage:
     here = {name: weight for name, weight in stage.data.sources.items() if name.startswith(BUILT_IN)}
     # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them; a caption of pairs is cut.
     seq_len = 320 if hasattr(model, "decoder") else stage.data.seq_len
-    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len)
+    items = {m: min(n, 4 * model.tiny().inputs[m].room) for m, n in stage.data.items.items()}
+    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len, items=items)
     return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local,
                    evals={name: task.tiny() for name, task in stage.evals.items()})

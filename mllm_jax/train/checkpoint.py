@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.config import ConfigError, nearest
 from mllm_jax.hosts import gather
+from mllm_jax.nn.lora import LEAVES, merge_adapters
 from mllm_jax.nn.param import Params
 from mllm_jax.train.state import Blueprint, TrainState, under
 
@@ -99,7 +100,8 @@ class Checkpoints:
 def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     """Parameters of the newest checkpoint in a stage's folder, each with the sharding that is wanted.
 
-    Trained parameters come from the moving average if the stage kept one.
+    Trained parameters come from the moving average if the stage kept one.  Adapters that are not wanted are merged
+    into their matrices, and adapters that the stage did not have are left out.
 
     Raises:
       CheckpointError: no checkpoint, a parameter is missing, or it has another shape.
@@ -117,6 +119,7 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
         frozen = ocp.metadata(folder / "frozen").metadata if (folder / "frozen").exists() else {}
         if frozen is None:              # Orbax logs it and goes on
             raise ValueError("its metadata are broken")
+    wanted = {k: v for k, v in wanted.items() if k in saved[part] or k in frozen or not k.endswith(LEAVES)}
     for name, want in wanted.items():
         have = saved[part].get(name) or frozen.get(name)
         if have is None:
@@ -130,7 +133,34 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
         out = ocp.load(path, {part: mine}, checkpointable_name="state")[part] if mine else {}
     rest = {k: v for k, v in wanted.items() if k not in mine}
     with _readable(folder / "frozen", advice=ANEW), context:
-        return out | (ocp.load(folder / "frozen", rest) if rest else {})
+        out |= ocp.load(folder / "frozen", rest) if rest else {}
+    folded = {k for k in saved[part].keys() - wanted.keys() if k.endswith(LEAVES) and _matrix(k) in wanted}
+    return _fold(path, part, out, {k: saved[part][k] for k in folded}) if folded else out
+
+
+def _fold(path: Path, part: str, params: Params, adapters: Mapping[str, Any]) -> Params:
+    """The parameters with these adapters of the checkpoint merged into them."""
+    everywhere = {m: _replicated(params[m].sharding) for m in map(_matrix, adapters)}
+    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere[_matrix(k)]) for k, v in adapters.items()}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with _readable(path), context:
+        adapters = ocp.load(path, {part: wanted}, checkpointable_name="state")[part]
+        alpha = ocp.load_checkpointables(path, {"meta": None})["meta"]["alpha"]
+    rank = next(v.shape[-1] for k, v in adapters.items() if k.endswith(LEAVES[0]))
+    matrices = {m: params[m] for m in everywhere}
+    merge = jax.jit(lambda params: merge_adapters(params, rank, alpha), out_shardings={k: v.sharding for k, v in matrices.items()})
+    return params | merge(matrices | adapters)
+
+
+def _matrix(adapter: str) -> str:
+    return adapter[: adapter.rindex("lora/")] + "kernel"
+
+
+def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +194,7 @@ def initial_params(
             folder, theirs = _stage_folder(scheme, rest, run_dir, runs)
             name_of = {whole: "/".join(filter(None, (theirs, short))) for short, whole in inside.items()}
             found = read_params(folder, {name_of[w]: blueprint.shapes[w] for w in inside.values()})
-            given |= {w: found[name_of[w]] for w in inside.values()}
+            given |= {w: found[name_of[w]] for w in inside.values() if name_of[w] in found}
         elif scheme == "copy":
             theirs = {whole: "/".join(filter(None, (rest, short))) for short, whole in inside.items()}
             for whole, other in theirs.items():

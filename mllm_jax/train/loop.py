@@ -27,12 +27,13 @@ from mllm_jax.hosts import gather
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
 from mllm_jax.train import checkpoint
+from mllm_jax.train.adapters import model_of, plain, trained_of
 from mllm_jax.train.checkpoint import Checkpoints, initial_params
 from mllm_jax.train.feed import Fed, Feed
 from mllm_jax.train.flops import Counts, step_flops
 from mllm_jax.train.log import Log
 from mllm_jax.train.optimizer import build, schedule
-from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state, trained_paths
+from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state
 from mllm_jax.train.step import make_step
 
 
@@ -74,7 +75,7 @@ class Run:
         return self.folder / "stages" / name
 
     def model_of(self, name: str) -> Any:
-        return self.recipe.stages[name].model or self.recipe.model
+        return model_of(self.recipe, name)
 
     def start_of(self, name: str) -> int:
         """Steps of a stage that are done and saved."""
@@ -82,9 +83,9 @@ class Run:
         return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
     def previous(self, name: str) -> str | None:
-        """The stage before this one, if it trained the same model."""
+        """The stage before this one, if it trained the same model, with adapters or without."""
         before = list(self.recipe.stages)[: list(self.recipe.stages).index(name)]
-        return before[-1] if before and self.model_of(before[-1]) == self.model_of(name) else None
+        return before[-1] if before and plain(self.model_of(before[-1])) == plain(self.model_of(name)) else None
 
 
 def prepare(recipe: Recipe, options: RunOptions) -> Run:
@@ -117,7 +118,7 @@ def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
     stage, options, mesh = run.recipe.stages[name], run.options, run.mesh
     model_cfg = run.model_of(name)
     blueprint = Blueprint(model_cfg, options.layout, mesh)
-    trained = trained_paths(blueprint.shapes, stage.train)
+    trained = trained_of(stage, blueprint.shapes)
     optimizer = build(stage.optimizer, stage.steps, sorted(trained))
     loader = make_loader(run, name)
     checkpoints = Checkpoints(run.stage_folder(name))
@@ -153,7 +154,8 @@ def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
             last = n == stage.steps or options.stop.is_set()
             if last or n % options.save_every == 0:
                 _check_number(log.flush(), n, recent.pop(n, ()), run.stage_folder(name), checkpoints)
-                checkpoints.save(n, state, fed.state, {"recipe": options.name, "stage": name})
+                checkpoints.save(n, state, fed.state,
+                                 {"recipe": options.name, "stage": name, "alpha": getattr(model_cfg, "alpha", None)})
             if options.stop.is_set() and n < stage.steps:
                 raise TrainingError(f"asked to stop: stage {name} is saved at step {n} of {stage.steps}; run again to go on")
         checkpoints.wait()
