@@ -118,6 +118,7 @@ class Media:
     mask: jax.Array                     # bool[b i]      False where the row has fewer items
     slot: jax.Array                     # i32[b s]       media token of the row that stands at position s; -1 for text
     item: jax.Array | None = None       # i32[b n]       packed layout only
+    text: jax.Array | None = None       # i32[b i t]     what the tower reads beside an item, in a vocabulary of its own; -1 is padding
     time: jax.Array | None = None       # f32[b i]       noise level in [0, 1]; diffusion only
     target: jax.Array | None = None     # f32[b i p u]   what the output head should predict; diffusion only
 
@@ -139,6 +140,7 @@ class Batch:
     kinds: jax.Array                    # i32[b s]       see KINDS
     blocks: jax.Array | None = None     # i32[b s]
     media: dict[str, Media] = field(default_factory=dict)
+    draws: jax.Array | None = None      # u32[b]         random bits for a model that draws, such as negatives for each row
 
 
 @struct
@@ -146,6 +148,7 @@ class Features:
     tokens: jax.Array                   # f[b m d]
     mask: jax.Array                     # bool[b m]
     deep: jax.Array | None = None       # f[n b m d]     the same tokens at n earlier levels of the encoder
+    text: jax.Array | None = None       # i32[b i t]     as in Media, for a connector that reads it
 
 
 @struct
@@ -171,14 +174,23 @@ def mean(x: jax.Array, weights: jax.Array | None = None) -> Mean:
 
 
 @struct
+class Pairs:
+    """Answers to "do these two belong together?" about pairs of each row."""
+
+    logits: jax.Array                   # f[b n 2]       of no and yes
+    labels: jax.Array                   # i32[b n]       the truth: 0 no, 1 yes, -1 where there is no pair
+
+
+@struct
 class Outputs:
     """Everything an objective may read; unused fields are None or empty."""
 
     hidden: jax.Array | None = None                                # f[b s d]
     unembed: jax.Array | None = None                               # f[d v]: hidden @ unembed are the logits
     media: dict[str, jax.Array] = field(default_factory=dict)      # f[b i p u]  outputs of heads
-    embeds: dict[str, jax.Array] = field(default_factory=dict)     # f[b d]      unit vectors
+    embeds: dict[str, jax.Array] = field(default_factory=dict)     # f[b d]      unit vectors; f[b n d] where a row has n
     scale: jax.Array | None = None                                 # f[]         logit scale
     bias: jax.Array | None = None                                  # f[]         logit bias
+    pairs: Pairs | None = None
     aux: dict[str, Mean] = field(default_factory=dict)
     reference: "Outputs | None" = None
