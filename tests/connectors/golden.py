@@ -10,17 +10,16 @@ import numpy as np
 
 from mllm_jax.nn.param import merge, split
 from mllm_jax.types import Features
-from tests.golden.official import read
 
 Group = Mapping[str, np.ndarray]
 
 
-def check_official(cfg: Any, fixture: str, convert: Callable[[Group], Group], atol: float = 1e-5) -> None:
-    """`convert` gives our weights from theirs; it is linear, so that it converts their gradients too.
+def check_official(cfg: Any, fixture: tuple[Group, Group, Group], convert: Callable[[Group], Group], atol: float = 1e-5) -> None:
+    """`fixture` as of `official.read`.  `convert` gives our weights from theirs; it is linear, and converts gradients too.
 
     The items of the fixture stand in one row.  Both sides compute in float32, and sums run in another order.
     """
-    io, weights, grads = read(fixture)
+    io, weights, grads = fixture
     b, n, d_in = io["x"].shape
     d_out = io["y"].shape[-1]
     graph, fresh = split(cfg.build(d_in, d_out, rngs=nnx.Rngs(0)))
@@ -47,6 +46,17 @@ def linear(group: Group, theirs: str, ours: str) -> dict[str, np.ndarray]:
     kernel = group[f"{theirs}.weight"]
     out = {f"{ours}/kernel": kernel.reshape(kernel.shape[:2]).T}
     return out | ({f"{ours}/bias": group[f"{theirs}.bias"]} if f"{theirs}.bias" in group else {})
+
+
+def heads(group: Group, theirs: str, ours: str, n: int, *, out: bool = False) -> dict[str, np.ndarray]:
+    """A torch Linear into n heads, or out of them."""
+    return split_heads(linear(group, theirs, ours), n, out=out)
+
+
+def split_heads(layer: Group, n: int, *, out: bool = False) -> dict[str, np.ndarray]:
+    """One of ours, with a plain axis for (heads head_dim)."""
+    shape = lambda v: (n, -1, v.shape[-1]) if out and v.ndim == 2 else v.shape if out else (*v.shape[:-1], n, v.shape[-1] // n)
+    return {k: v.reshape(shape(v)) for k, v in layer.items()}
 
 
 def norm(group: Group, theirs: str, ours: str) -> dict[str, np.ndarray]:

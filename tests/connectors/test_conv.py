@@ -10,6 +10,7 @@ from mllm_jax.nn.param import merge, split
 from mllm_jax.types import Features
 from tests.connectors.golden import check_official, depthwise, linear, norm, stacked
 from tests.contracts import check_connector
+from tests.golden.official import read
 
 
 @pytest.mark.parametrize("cfg", [
@@ -38,7 +39,7 @@ def c_abstractor(g):
 
 
 def test_c_abstractor_is_that_of_honeybee():
-    check_official(CAbstractorConfig(grid=5, to=3, width=16), "honeybee_c_abstractor", c_abstractor)
+    check_official(CAbstractorConfig(grid=5, to=3, width=16), read("honeybee_c_abstractor"), c_abstractor)
 
 
 def mobile_block(g, theirs, ours):
@@ -53,12 +54,12 @@ def ldp(g):
 
 
 def test_ldp_is_that_of_mobilevlm():
-    check_official(LDPConfig(grid=5), "mobilevlm_ldp", ldp)
+    check_official(LDPConfig(grid=5), read("mobilevlm_ldp"), ldp)
 
 
 def test_ldpv2_is_that_of_mobilevlm_v2():
     mlp = lambda g: linear(g, "mlp.mlp.0", "mlp/layers/0") | linear(g, "mlp.mlp.2", "mlp/layers/1")
-    check_official(LDPv2Config(grid=5, to=3), "mobilevlm_ldpv2", lambda g: mlp(g) | depthwise(g, "peg.peg.0", "position"))
+    check_official(LDPv2Config(grid=5, to=3), read("mobilevlm_ldpv2"), lambda g: mlp(g) | depthwise(g, "peg.peg.0", "position"))
 
 
 def test_a_depthwise_convolution_by_hand():

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+Group = dict[str, np.ndarray]
 
 
-def read(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read(name: str) -> tuple[Group, Group, Group]:
     """(x, y, pull and dx; weights by their official names; gradients of sum(y * pull) by the weights)."""
-    file = np.load(HERE / f"{name}.npz")
-    group = lambda head: {k.removeprefix(head): file[k] for k in file.files if k.startswith(head)}
-    return group("io/"), group("weight/"), group("grad/")
+    return groups(dict(np.load(HERE / f"{name}.npz")))
+
+
+def groups(arrays: Group) -> tuple[Group, Group, Group]:
+    part = lambda head: {k.removeprefix(head): v for k, v in arrays.items() if k.startswith(head)}
+    return part("io/"), part("weight/"), part("grad/")
 
 
 def package(clone: Path, name: str, **stubs: types.ModuleType) -> types.ModuleType:
@@ -51,8 +55,8 @@ def randomize(module: Any, seed: int = 0) -> Any:
     return module
 
 
-def record(name: str, module: Any, x: np.ndarray, call: Any = None) -> None:
-    """Writes `<name>.npz`: a forward pass of x, and a backward pass from a random direction."""
+def run(module: Any, x: np.ndarray, call: Any = None) -> Group:
+    """A forward pass of x, and a backward pass from a random direction."""
     import torch
 
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
@@ -67,5 +71,11 @@ def record(name: str, module: Any, x: np.ndarray, call: Any = None) -> None:
         arrays[f"weight/{key}"] = numpy(p)
         if p.grad is not None:
             arrays[f"grad/{key}"] = numpy(p.grad)
+    return arrays
+
+
+def record(name: str, module: Any, x: np.ndarray, call: Any = None) -> None:
+    """Writes `<name>.npz`."""
+    arrays = run(module, x, call)
     np.savez_compressed(HERE / f"{name}.npz", **arrays)
     print(f"{name}.npz: {sum(a.size for a in arrays.values())} numbers, {(HERE / f'{name}.npz').stat().st_size // 1024} kB")
