@@ -4,7 +4,8 @@ Query i sees key j when they are of the same segment and `order[j] <= order[i]`.
 causal attention, one number for a whole span makes it bidirectional inside, and segments keep packed
 examples apart.  Segment 0 is padding: nobody sees it, and what it sees does not matter.
 
-A window lets a query see the last so many places of the row only; inside its own span it sees all.
+A window lets a query see the last so many places of the row only, of its own span too; what comes after it in the
+span it sees all of (Gemma 3).
 """
 
 import jax
@@ -29,8 +30,7 @@ class Visibility:
         if window is None:
             return seen
         s, t = order.shape[1], key_order.shape[2]
-        near = (self.start + jnp.arange(s))[:, None] - jnp.arange(t) < window
-        return seen & (near | (key_order == order))
+        return seen & ((self.start + jnp.arange(s))[:, None] - jnp.arange(t) < window)
 
 
 def of_batch(batch: Batch, *, causal: bool = True) -> Visibility:

@@ -69,6 +69,16 @@ def test_who_sees_whom():
     assert not sees[20].any() and not sees[:, 20].any()                 # padding
 
 
+def test_a_window_ends_what_is_seen_before_and_nothing_after():
+    sees = packed()                                                     # the span is longer than the window
+    seen = [np.flatnonzero(row).tolist() for row in np.asarray(sees.mask(3)[0])]
+    assert seen[2] == [0, 1, 2] and seen[9] == [7, 8, 9] and seen[10] == [10]
+    assert seen[3] == [1, 2, 3, 4, 5, 6] and seen[6] == [4, 5, 6]
+    later = Visibility(segments=sees.segments[:, 9:10], order=sees.order[:, 9:10], key_segments=sees.key_segments,
+                       key_order=sees.key_order, start=9)               # one query of a cache
+    assert np.flatnonzero(later.mask(3)[0, 0]).tolist() == seen[9]
+
+
 def test_a_cache_keeps_what_was_written():
     cache = LayerCache(k=jnp.zeros((3, B, 8, 2, K)), v=jnp.zeros((3, B, 8, 2, K)), layer=jnp.array(1), index=jnp.array(5))
     _, k, v = qkv(2, s=2)
