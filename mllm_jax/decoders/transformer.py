@@ -16,7 +16,7 @@ from mllm_jax.nn import stack, visibility
 from mllm_jax.nn.attention import LayerCache
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param
-from mllm_jax.nn.position import Llama3Scaling, Rope, Rotation
+from mllm_jax.nn.position import LinearScaling, Llama3Scaling, Rope, Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain
 from mllm_jax.types import Batch, Mean, struct
@@ -40,7 +40,8 @@ class DecoderConfig(BlockConfig):
         rope = self.rope and replace(self.rope, sections=self.rope.sections and (2, 1, 1))
         return replace(
             self, vocab=264, width=32, depth=max(2, len(self.cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
-            head_dim=None, rope=rope, positions=self.positions and 320, cycle=tuple(layer.tiny() for layer in self.cycle))
+            head_dim=None, rope=rope, positions=self.positions and 320, cycle=tuple(layer.tiny() for layer in self.cycle),
+            embed_scale=self.embed_scale if self.embed_scale == 1 else 32**0.5)
 
     @property
     def memory_width(self) -> int | None:
@@ -57,6 +58,16 @@ QWEN2_7B = DecoderConfig(
     vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, mlp=18_944, qkv_bias=True, rope=Rope(theta=1e6))
 QWEN3_8B = DecoderConfig(
     vocab=151_936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp=12_288, qk_norm=True, rope=Rope(theta=1e6))
+GEMMA_2B = DecoderConfig(
+    vocab=256_000, width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp=16_384, activation="gelu_tanh",
+    norm=RMSNorm(offset=1.0), head="tied", embed_scale=2048**0.5)
+# Five layers that see 1,024 positions, and one that sees all, whose rotations are stretched for long contexts.
+GEMMA3_4B = replace(
+    GEMMA_2B, vocab=262_208, width=2560, depth=34, kv_heads=4, mlp=10_240, embed_scale=2560**0.5, qk_norm=True, norms="both",
+    rope=Rope(theta=1e6, scaling=LinearScaling(factor=8.0)), cycle=(Layer(window=1024, rope=Rope(theta=1e4)),) * 5 + (Layer(),))
+GEMMA3_12B = replace(GEMMA3_4B, width=3840, depth=48, heads=16, kv_heads=8, mlp=15_360, embed_scale=3840**0.5)
+GEMMA3_27B = replace(
+    GEMMA3_4B, width=5376, depth=62, heads=32, kv_heads=16, head_dim=128, mlp=21_504, embed_scale=5376**0.5, query_scale=168**-0.5)
 CLIP_TEXT_L = DecoderConfig(
     vocab=49_408, width=768, depth=12, heads=12, mlp=3072, gated=False, activation="quick_gelu", norm=LayerNorm(),
     qkv_bias=True, out_bias=True, mlp_bias=True, rope=None, positions=77, head="none")

@@ -1,16 +1,16 @@
 """Llama, Vicuna and Mistral; the tables of other language models begin here.
 
-Mistral is the same network; its sliding window is not implemented, so that a checkpoint that has one is
-refused unless no row can be longer than it.
+Mistral is the same network, whose layers may see the last positions only.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mllm_jax.config import ConfigError
+from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.hf.family import Family, Part, linear, row
-from mllm_jax.hf.options import Ids, activation, rope, their_activation, their_rope
+from mllm_jax.hf.options import Ids, activation, cycle, rope, their_activation, their_rope, window
 from mllm_jax.nn.param import RMSNorm
 
 ROWS = (
@@ -41,17 +41,16 @@ DEFAULTS = {
 
 
 def decoder(hf: Mapping[str, Any], **options: Any) -> DecoderConfig:
-    """A language model from its configuration with all defaults filled in."""
-    window, longest = hf["sliding_window"], hf["max_position_embeddings"]
-    if window is not None and window < longest:
-        raise ConfigError(f"sliding_window={window} of {longest} positions is not supported; if no row is longer than "
-                          f"{window}, set sliding_window to null in config.json")
+    """A language model from its configuration with all defaults filled in; `layer_types` names those with a window."""
+    closes = hf["sliding_window"] is not None and hf["sliding_window"] < hf["max_position_embeddings"]
+    kinds = hf.get("layer_types") or ["sliding_attention"] * hf["num_hidden_layers"]
+    layers = [Layer(window=hf["sliding_window"] if closes and kind == "sliding_attention" else None) for kind in kinds]
     heads, groups, width = hf["num_attention_heads"], hf["num_key_value_heads"], hf["hidden_size"]
     return DecoderConfig(
         vocab=hf["vocab_size"], width=width, depth=hf["num_hidden_layers"], heads=heads, mlp=hf["intermediate_size"],
         kv_heads=None if groups == heads else groups, head_dim=None if hf["head_dim"] == width // heads else hf["head_dim"],
         activation=activation(hf["hidden_act"]), norm=RMSNorm(eps=hf["rms_norm_eps"]), rope=rope(hf),
-        head="tied" if hf["tie_word_embeddings"] else "own", **options)
+        head="tied" if hf["tie_word_embeddings"] else "own", cycle=cycle(layers), **options)
 
 
 def their_decoder(cfg: DecoderConfig, ids: Ids, model_type: str) -> dict[str, Any]:
@@ -59,7 +58,9 @@ def their_decoder(cfg: DecoderConfig, ids: Ids, model_type: str) -> dict[str, An
         "model_type": model_type, "vocab_size": cfg.vocab, "hidden_size": cfg.width, "intermediate_size": cfg.mlp,
         "num_hidden_layers": cfg.depth, "num_attention_heads": cfg.heads, "num_key_value_heads": cfg.kv_heads or cfg.heads,
         "head_dim": cfg.head_dim or cfg.width // cfg.heads, "hidden_act": their_activation(cfg.activation),
-        "rms_norm_eps": cfg.norm.eps, "max_position_embeddings": ids.length or 4096, **their_rope(cfg.rope),
+        # A window as long as the longest row never closes, and would be read as none.
+        "rms_norm_eps": cfg.norm.eps, "max_position_embeddings": max(ids.length or 4096, (window(cfg) or 0) + 1),
+        **their_rope(cfg.rope),
         "tie_word_embeddings": cfg.head == "tied",
         "bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad,
     }  # fmt: skip
@@ -67,6 +68,9 @@ def their_decoder(cfg: DecoderConfig, ids: Ids, model_type: str) -> dict[str, An
 
 def llama(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> DecoderConfig:
     hf = DEFAULTS | {"attention_bias": False, "mlp_bias": False} | dict(hf)
+    if hf["sliding_window"] is not None:
+        raise ConfigError(f"sliding_window={hf['sliding_window']}: llama has no window in transformers; if the model was trained "
+                          "with one, its model_type is mistral; otherwise set it to null in config.json")
     return decoder(hf, qkv_bias=hf["attention_bias"], out_bias=hf["attention_bias"], mlp_bias=hf["mlp_bias"])
 
 
@@ -79,6 +83,15 @@ def mistral(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> DecoderConfig:
     return decoder(DEFAULTS | own | dict(hf))
 
 
+def their_mistral(cfg: DecoderConfig, ids: Ids) -> tuple[dict, dict]:
+    return their_decoder(cfg, ids, "mistral") | {"sliding_window": window(cfg)}, {}
+
+
+def plain(cfg: DecoderConfig) -> bool:
+    """Whether the norms are where Llama has them, and what they are there."""
+    return cfg.norms == "before" and getattr(cfg.norm, "offset", 1) == 0
+
+
 def causal_lm(model_type: str, architecture: str, config, hf_config, like: Callable[[DecoderConfig], bool]) -> Family:
     return Family(
         model_type=model_type, architecture=architecture, config=config, hf_config=hf_config, ignore=BUFFERS,
@@ -87,7 +100,8 @@ def causal_lm(model_type: str, architecture: str, config, hf_config, like: Calla
         parts=(Part(theirs="", ours="", rows=ROWS, of=lambda c: c),))
 
 
-LLAMA = causal_lm("llama", "LlamaForCausalLM", llama, their_llama, lambda c: not c.qk_norm and (not c.qkv_bias or c.out_bias))
-# Llama with other numbers, and written as Llama unless it is asked for.
-MISTRAL = causal_lm("mistral", "MistralForCausalLM", mistral,
-                    lambda cfg, ids: (their_decoder(cfg, ids, "mistral") | {"sliding_window": None}, {}), lambda c: False)
+LLAMA = causal_lm("llama", "LlamaForCausalLM", llama, their_llama,
+                  lambda c: plain(c) and not c.qk_norm and (not c.qkv_bias or c.out_bias) and window(c) is None)
+# Llama with other numbers, and written as Llama unless it has a window or is asked for.
+MISTRAL = causal_lm("mistral", "MistralForCausalLM", mistral, their_mistral,
+                    lambda c: plain(c) and not c.qk_norm and not c.qkv_bias and window(c) is not None)

@@ -1,10 +1,11 @@
 """Options that several families of the Hub write in the same way: activations, rotary positions, image processors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_jax.config import ConfigError, config
 from mllm_jax.data.views import Pad, Square
+from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import CLIP_MEAN, CLIP_STD, HALF, ViTConfig
 from mllm_jax.nn.position import LinearScaling, Llama3Scaling, Rope
 
@@ -13,6 +14,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
 }  # fmt: skip
 RESAMPLE = {2: "bilinear", 3: "bicubic"}                        # numbers of PIL
+LONGEST_CYCLE = 8
 
 
 def activation(name: str) -> str:
@@ -57,6 +59,28 @@ def their_rope(r: Rope | None) -> dict[str, Any]:
                    "original_max_position_embeddings": s.original}
     new = {"rope_type": "default", "rope_theta": r.theta, **(scaling or {})}
     return {"rope_parameters": new, "rope_theta": r.theta, **({"rope_scaling": scaling} if scaling else {})}
+
+
+def cycle(layers: Sequence[Any]) -> tuple[Any, ...]:
+    """The shortest cycle that gives these layers, one after another.
+
+    Raises:
+      ConfigError: they do not take turns: every place of a cycle is compiled by itself.
+    """
+    n = next(n for n in range(1, len(layers) + 1) if all(layer == layers[i % n] for i, layer in enumerate(layers)))
+    if n > LONGEST_CYCLE:
+        raise ConfigError(f"the {len(layers)} layers repeat after {n}; kinds of layers that take turns within {LONGEST_CYCLE} are supported")
+    return tuple(layers[:n])
+
+
+def window(cfg: DecoderConfig) -> int | None:
+    """The window of the layers that have one."""
+    return next((layer.window for layer in cfg.cycle if layer.window), None)
+
+
+def their_layers(cfg: DecoderConfig) -> list[str]:
+    """`layer_types`: which layers have the window."""
+    return ["sliding_attention" if cfg.cycle[i % len(cfg.cycle)].window else "full_attention" for i in range(cfg.depth)]
 
 
 def view(pre: Mapping[str, Any], size: int, *, crop: bool) -> Square | Pad:

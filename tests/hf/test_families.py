@@ -40,6 +40,23 @@ PUBLISHED = {
         "qwen3", llm.QWEN3_8B,
         {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36, "head_dim": 128,
          "num_key_value_heads": 8, "rope_theta": 1000000, "vocab_size": 151936, "max_position_embeddings": 40960}),
+    "google/gemma-2b": (
+        "gemma", llm.GEMMA_2B,
+        {"hidden_act": "gelu", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18,
+         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "rope_theta": 10000.0}),
+    "google/gemma-3-4b-it, text_config": (
+        "gemma3_text", llm.GEMMA3_4B,
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
+         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}),
+    "google/gemma-3-12b-it, text_config": (
+        "gemma3_text", llm.GEMMA3_12B,
+        {"hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48, "num_key_value_heads": 8,
+         "sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}),
+    "google/gemma-3-27b-it, text_config": (
+        "gemma3_text", llm.GEMMA3_27B,
+        {"head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32, "num_hidden_layers": 62,
+         "num_key_value_heads": 16, "query_pre_attn_scalar": 168, "sliding_window": 1024,
+         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}),
 }  # fmt: skip
 
 

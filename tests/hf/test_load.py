@@ -118,7 +118,7 @@ def test_the_faults_of_a_folder_have_a_line_each(saved, tmp_path):
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported are clip"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
         ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
-        ({"sliding_window": 16}, "sliding_window=16 of 128 positions is not supported"),
+        ({"sliding_window": 16}, "sliding_window=16: llama has no window"),
     ],
 )
 def test_what_is_not_supported_is_refused(saved, tmp_path, change, match):

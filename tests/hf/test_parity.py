@@ -38,7 +38,8 @@ def check_gradients(saved, cfg, gradients, least: int):
     assert compared >= least
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama_biased", "llama_linear"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama_biased", "llama_linear", "mistral_window", "qwen2_window",
+                                  "gemma", "gemma3_text"])
 def test_language_model(saved, torch, name):
     from tests.hf import tiny
 

@@ -21,12 +21,21 @@ TEXT = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hi
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
+GEMMA3_ROPES = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}
 DECODERS = {
     "llama": lambda: hf.LlamaConfig(**LM, rms_norm_eps=1e-5),
     "mistral": lambda: hf.MistralConfig(**LM, sliding_window=None, head_dim=16),
     "qwen2": lambda: hf.Qwen2Config(**LM, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen3": lambda: hf.Qwen3Config(**LM, head_dim=12, tie_word_embeddings=True),
     "llama_biased": lambda: hf.LlamaConfig(**LM, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
+    "mistral_window": lambda: hf.MistralConfig(**LM, sliding_window=9),
+    "qwen2_window": lambda: hf.Qwen2Config(
+        **LM, use_sliding_window=True, sliding_window=7, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    "gemma": lambda: hf.GemmaConfig(**LM, head_dim=12, pad_token_id=None),       # whose gradient torch would leave out
+    "gemma3_text": lambda: hf.Gemma3TextConfig(
+        **LM | {"num_hidden_layers": 4}, head_dim=12, sliding_window=10, query_pre_attn_scalar=20, pad_token_id=None,
+        layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=GEMMA3_ROPES),
     "llama_linear": lambda: hf.LlamaConfig(**LM, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
 }
 TOWERS = {
