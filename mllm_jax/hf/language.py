@@ -17,8 +17,7 @@ def decoder(text: Mapping[str, Any], where: str, *, tied: bool | None = None) ->
     kind = text.get("model_type", "llama")
     if kind not in DECODERS:
         raise ConfigError(f"{where} with the language model {kind} is not supported; supported are {', '.join(DECODERS)}")
-    tied = text.get("tie_word_embeddings", False) if tied is None else tied
-    return DECODERS[kind].config({**text, "tie_word_embeddings": tied}, {})
+    return DECODERS[kind].config({**text, **({} if tied is None else {"tie_word_embeddings": tied})}, {})
 
 
 def their_decoder(cfg: DecoderConfig, ids: Ids) -> dict[str, Any]:

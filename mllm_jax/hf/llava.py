@@ -45,7 +45,7 @@ def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
                           bias=hf.get("multimodal_projector_bias", True))
     image = TowerConfig(
         view=view(pre, vision["image_size"], crop=encoder.class_token), encoder=encoder, connector=connector)
-    tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     return MLLMConfig(inputs={"image": image}, decoder=language.decoder(text, "llava", tied=tied))
 
 
@@ -79,22 +79,25 @@ def processor(cfg: MLLMConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# Of all families that put a tower before a language model.
+TOWER_PART = Part(theirs="vision_tower.vision_model.", ours="inputs/image/encoder/", rows=clip.IMAGE + siglip.POOL,
+                  of=lambda c: c.inputs["image"].encoder)
+LAYOUTS = (
+    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
 LLAVA = Family(
     model_type="llava", architecture="LlavaForConditionalGeneration", config=config, hf_config=hf_config,
     like=lambda c: isinstance(c, MLLMConfig), processor=processor, processor_class="LlavaProcessor",
     parts=(
-        Part(theirs="vision_tower.vision_model.", ours="inputs/image/encoder/", rows=clip.IMAGE + siglip.POOL,
-             of=lambda c: c.inputs["image"].encoder),
+        TOWER_PART,
         Part(theirs="multi_modal_projector.", ours="inputs/image/connector/", rows=CONNECTOR,
              of=lambda c: c.inputs["image"].connector),
         Part(theirs="language_model.", ours="decoder/", rows=llama.ROWS, of=lambda c: c.decoder),
     ),
-    layouts=(
-        (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
-        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-    ),
+    layouts=LAYOUTS,
     ignore=(*clip.BUFFERS, *llama.BUFFERS),
     # Its pooled vector is not used, and the class of a tower without attention pooling is the same to transformers.
     free=(r"inputs\.image\.encoder\.pool",),

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from mllm_jax.connectors.mlp import MLPConfig
-from mllm_jax.nn.param import merge, split
+from mllm_jax.nn.param import RMSNorm, merge, split
 from mllm_jax.types import Features
 from tests.contracts import check_connector
 
 
-@pytest.mark.parametrize("cfg", [MLPConfig(depth=1), MLPConfig(depth=2), MLPConfig(depth=3, activation="silu", bias=False)])
+@pytest.mark.parametrize("cfg", [MLPConfig(depth=1), MLPConfig(depth=2), MLPConfig(depth=3, activation="silu", bias=False),
+                                 MLPConfig(depth=1, bias=False, norm=RMSNorm(offset=1.0))])
 def test_contract(cfg):
     check_connector(cfg)
 

@@ -153,7 +153,7 @@ def llava_rows(tokens_per_image: int, image_token: int):
     return tokens, slot, [s, n + 7, 9], [2, 1, 0]
 
 
-LLAVA = ["llava-clip-llama", "llava-siglip-mistral", "llava-pad-qwen2", "llava-siglip-qwen3"]
+LLAVA = ["llava-clip-llama", "llava-siglip-mistral", "llava-pad-qwen2", "llava-siglip-qwen3", "llava-siglip-gemma"]
 
 
 @pytest.mark.parametrize("name", LLAVA)

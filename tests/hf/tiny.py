@@ -48,7 +48,7 @@ PROCESSORS = {
     "pad": lambda: hf.LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
 }
-LLAVAS = [f"llava-{t}-{d}" for t in TOWERS for d in ("llama", "mistral", "qwen2", "qwen3")]
+LLAVAS = [f"llava-{t}-{d}" for t in TOWERS for d in ("llama", "mistral", "qwen2", "qwen3")] + ["llava-siglip-gemma"]
 
 
 def build(name: str) -> tuple[torch.nn.Module, object | None]:
