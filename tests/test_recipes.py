@@ -18,7 +18,7 @@ from mllm_jax.hf.families import describe
 from mllm_jax.hf.family import parameter_shapes
 from mllm_jax.hf.load import load as load_hf
 from mllm_jax.sharding import Layout
-from mllm_jax.train.loop import RunOptions
+from mllm_jax.train.folder import RunOptions
 from mllm_jax.train.optimizer import build
 from mllm_jax.train.run import restore_params, train
 from mllm_jax.train.state import Blueprint, make_state, trained_paths

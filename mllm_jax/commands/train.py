@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     running, layout = common.start(args)
     recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
 
-    from mllm_jax.train.loop import RunOptions
+    from mllm_jax.train.folder import RunOptions
     from mllm_jax.train.run import train
 
     stages = tuple(filter(None, args.stages.split(","))) if args.stages else None

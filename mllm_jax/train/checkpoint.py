@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.config import ConfigError, nearest
-from mllm_jax.hosts import gather
+from mllm_jax.hosts import agree, gather
 from mllm_jax.nn.lora import LEAVES, merge_adapters
 from mllm_jax.nn.param import Params
 from mllm_jax.train.state import Blueprint, TrainState, under
@@ -235,11 +235,10 @@ def _stage_folder(scheme: str, rest: str, run_dir: Path, runs: Path) -> tuple[Pa
 
 
 def _check_room(folder: Path, tree: Any) -> None:
-    """Refuses to begin a checkpoint that the disk cannot hold."""
+    """Refuses, on all hosts, to begin a checkpoint that the disk of one cannot hold."""
     need = sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.process_count()
     free = shutil.disk_usage(folder).free
-    if free < need:
-        raise OSError(errno.ENOSPC, f"{need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
+    agree(None if free >= need else OSError(errno.ENOSPC, f"{need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free"))
 
 
 class _explained:

@@ -1,16 +1,15 @@
-"""A run: the stages of a recipe in order, each restored, stepped, logged, saved and evaluated.
+"""A stage: restored or begun, stepped, logged and saved.
 
-The run's folder is all the state there is.  Killed at any moment and started again with the same command,
-a run goes on from its last complete checkpoint and its loss is, bit for bit, that of a run that was not
-killed: the data iterator is part of the checkpoint, and randomness is folded from (seed, step).
+Killed at any moment and started again with the same command, a run goes on from its last complete checkpoint and
+its loss is, bit for bit, that of a run that was not killed: the data iterator is part of the checkpoint, and
+randomness is folded from (seed, step).  Several processes take the same steps, or stop at the same one.
 """
 
 import json
 import math
-import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,15 @@ import jax
 from jax.sharding import Mesh
 
 from mllm_jax import sharding
-from mllm_jax.config import ConfigError, compare, config, nearest, to_json
+from mllm_jax.config import ConfigError
 from mllm_jax.data.loader import Loader
-from mllm_jax.data.tokenizer import load_tokenizer
-from mllm_jax.data.vocabulary import recipe_tokenizer
 from mllm_jax.hf.load import load_subtree
-from mllm_jax.hosts import gather
-from mllm_jax.recipe import Recipe
-from mllm_jax.sharding import Layout
-from mllm_jax.train import checkpoint
-from mllm_jax.train.adapters import model_of, plain, trained_of
+from mllm_jax.hosts import Lockstep, gather, is_writer
+from mllm_jax.train.adapters import trained_of
 from mllm_jax.train.checkpoint import Checkpoints, initial_params
 from mllm_jax.train.feed import Fed, Feed
 from mllm_jax.train.flops import Counts, step_flops
+from mllm_jax.train.folder import Run
 from mllm_jax.train.log import Log
 from mllm_jax.train.optimizer import build, schedule
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state
@@ -41,72 +36,6 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what was kept."""
 
 
-@config
-class RunOptions:
-    """How and where a recipe is run; none of it changes what is computed."""
-
-    name: str                           # as given, with knobs: "projector/llava_15:size=13b"
-    out: Path
-    layout: Layout = Layout()
-    overrides: tuple[str, ...] = ()
-    tiny: bool = False
-    data_root: Path | None = None
-    stages: tuple[str, ...] | None = None       # None: all of them
-    fresh: bool = False                 # forget what an earlier run left in the folder
-    save_every: int = 1_000             # steps; a stage is saved at its end too
-    verbose: bool = False
-    stop: threading.Event = field(default_factory=threading.Event)      # set from outside: save and leave
-
-
-@config
-class Run:
-    """What the stages of one run share."""
-
-    recipe: Recipe
-    options: RunOptions
-    mesh: Mesh
-    tokenizer: Any
-
-    @property
-    def folder(self) -> Path:
-        return self.options.out
-
-    def stage_folder(self, name: str) -> Path:
-        return self.folder / "stages" / name
-
-    def model_of(self, name: str) -> Any:
-        return model_of(self.recipe, name)
-
-    def start_of(self, name: str) -> int:
-        """Steps of a stage that are done and saved."""
-        found = (self.stage_folder(name) / "checkpoints").glob("*")
-        return max((int(p.name) for p in found if p.name.isdigit()), default=0)
-
-    def previous(self, name: str) -> str | None:
-        """The stage before this one, if it trained the same model, with adapters or without."""
-        before = list(self.recipe.stages)[: list(self.recipe.stages).index(name)]
-        return before[-1] if before and plain(self.model_of(before[-1])) == plain(self.model_of(name)) else None
-
-
-def prepare(recipe: Recipe, options: RunOptions) -> Run:
-    """Checks the recipe and makes the run's folder, before anything is computed.
-
-    Raises:
-      ConfigError: a mesh, stage, source or template that cannot be; or the folder holds another recipe's run.
-    """
-    for stage in options.stages or ():
-        if stage not in recipe.stages:
-            raise ConfigError(f"the recipe has no stage {stage!r}; nearest: {nearest(stage, recipe.stages)}")
-    mesh = options.layout.make_mesh()
-    shards = sharding.row_shards(mesh) * options.layout.microbatches
-    for name, stage in recipe.stages.items():
-        if stage.data.batch_size % shards:
-            raise ConfigError(f"stages.{name}.data.batch_size is {stage.data.batch_size}; the layout needs a multiple of {shards}: "
-                              f"{sharding.row_shards(mesh)} parts of the rows times {options.layout.microbatches} microbatches")
-    _claim(recipe, options)
-    return Run(recipe=recipe, options=options, mesh=mesh, tokenizer=_tokenizer(recipe, options))
-
-
 def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
     """Trains one stage to its end, or from its last checkpoint to its end; its summary.
 
@@ -114,6 +43,11 @@ def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
       TrainingError: the loss is not a number, or the run was asked to stop.
       BadExample, ConfigError: what the user gave is at fault.
     """
+    with Lockstep() as lockstep:
+        return _train_stage(run, name, log, lockstep)
+
+
+def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str, Any]:
     began = time.monotonic()
     stage, options, mesh = run.recipe.stages[name], run.options, run.mesh
     model_cfg = run.model_of(name)
@@ -121,23 +55,35 @@ def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
     trained = trained_of(stage, blueprint.shapes)
     optimizer = build(stage.optimizer, stage.steps, sorted(trained))
     loader = make_loader(run, name)
+    lockstep.meet()                     # each has found its files
     checkpoints = Checkpoints(run.stage_folder(name))
     feed = None
     try:
         state, iterator = _resume_or_start(run, name, blueprint, trained, optimizer, checkpoints, loader, log)
-        start = int(state.step)
+        start = done = int(state.step)
         feed = Feed(iterator, mesh)
         step = jax.jit(
             make_step(blueprint.graph, stage.objectives, optimizer, microbatches=options.layout.microbatches, ema=stage.ema),
             donate_argnums=0)
         key = jax.random.key(stage.data.seed)
         rate = schedule(stage.optimizer, stage.steps)
-        program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained)
-        first_loss = None
+        program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1])
+        first_loss = data_state = None
+
+        def save() -> None:
+            _check_number(log.flush(), done, recent.pop(done, ()), run.stage_folder(name), checkpoints)
+            meta = {"recipe": options.name, "stage": name, "alpha": getattr(model_cfg, "alpha", None)}
+            checkpoints.save(done, state, data_state, meta)
+
         for n in range(start + 1, stage.steps + 1):
             waited = time.monotonic()
             fed = next(feed)
             waited = time.monotonic() - waited
+            if lockstep.meet(options.stop.is_set()):
+                if done > start and done % options.save_every:
+                    save()
+                checkpoints.wait()
+                raise TrainingError(f"asked to stop: stage {name} is saved at step {done} of {stage.steps}; run again to go on")
             if program is None:
                 compiling = time.monotonic()
                 program = step.lower(state, fed.batch, key).compile()
@@ -145,22 +91,18 @@ def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
                 log.detail(f"{name}: compiled in {compiled:.1f} s")
                 totals.begin()
             state, means = program(state, fed.batch, key)
+            done, data_state = n, fed.state
             recent[n] = fed.info.ids
             rates = totals.add(fed, waited)
             loss = log.step(n, means, lr=float(rate(n - 1)), **rates)
             if loss is not None:
                 first_loss = first_loss if first_loss is not None else time.monotonic() - began
                 _check_number(loss, n - 1, recent.pop(n - 1, ()), run.stage_folder(name), checkpoints)
-            last = n == stage.steps or options.stop.is_set()
-            if last or n % options.save_every == 0:
-                _check_number(log.flush(), n, recent.pop(n, ()), run.stage_folder(name), checkpoints)
-                checkpoints.save(n, state, fed.state,
-                                 {"recipe": options.name, "stage": name, "alpha": getattr(model_cfg, "alpha", None)})
-            if options.stop.is_set() and n < stage.steps:
-                raise TrainingError(f"asked to stop: stage {name} is saved at step {n} of {stage.steps}; run again to go on")
+            if n == stage.steps or n % options.save_every == 0:
+                save()
         checkpoints.wait()
         return totals.summary(stage=name, steps=stage.steps, seconds=log.seconds, compile_seconds=compiled,
-                              first_loss_seconds=first_loss, params=(blueprint, trained))
+                              first_loss_seconds=first_loss, params=(blueprint, trained), mesh=mesh)
     finally:
         if feed is not None:
             feed.close()
@@ -227,10 +169,10 @@ def _check_number(loss: float | None, step: int, ids: tuple, folder: Path, check
 class _Totals:
     """Counts of what was read, and rates over the time since the program was compiled."""
 
-    def __init__(self, model_cfg: Any, trained: set[str]):
+    def __init__(self, model_cfg: Any, trained: set[str], hosts: int):
         self.model_cfg, self.trained = model_cfg, trained
+        self.hosts = hosts              # that read different rows; each counts its own, and they are alike in size
         self.counts = dict.fromkeys(("steps", "rows", "examples", "tokens", "images", "flops", "waited"), 0.0)
-        self.hosts = jax.process_count()
         self.dropped: Mapping[tuple[str, str], int] = {}
         self.losses: list[float] = []
 
@@ -254,8 +196,11 @@ class _Totals:
             return {"data_wait_s": waited}
         return {f"{k}_per_s": read[k] / seconds for k in ("rows", "examples", "tokens", "images", "flops")} | {"data_wait_s": waited}
 
-    def summary(self, *, params: tuple[Blueprint, set[str]], seconds: float, **facts: Any) -> dict[str, Any]:
+    def summary(self, *, params: tuple[Blueprint, set[str]], seconds: float, mesh: Mesh, **facts: Any) -> dict[str, Any]:
         blueprint, trained = params
+        dropped: Counter[str] = Counter()
+        for host in gather({f"{source}/{reason}": n for (source, reason), n in self.dropped.items()} if is_writer(mesh) else {}):
+            dropped.update(host)
         busy = max(time.monotonic() - self.began, 1e-9) if self.counts["steps"] else 1.0
         sizes = {k: math.prod(v.shape) for k, v in blueprint.shapes.items()}
         return facts | {
@@ -264,50 +209,5 @@ class _Totals:
             "trained_params": sum(sizes[k] for k in trained), "total_params": sum(sizes.values()),
             **{f"{k}_per_s": self.counts[k] / busy for k in ("rows", "examples", "tokens", "images", "flops")},
             "data_wait_s": round(self.counts["waited"], 3),
-            "dropped": {f"{source}/{reason}": n for (source, reason), n in self.dropped.items()},
+            "dropped": dict(dropped),
         }
-
-
-def _claim(recipe: Recipe, options: RunOptions) -> None:
-    """Writes recipe.json; refuses a folder that holds the run of another recipe."""
-    path = options.out / "recipe.json"
-    mine = json.loads(json.dumps(to_json(recipe)))
-    if options.fresh and options.out.exists() and jax.process_index() == 0:
-        import shutil
-
-        shutil.rmtree(options.out)
-    if path.exists():
-        differs = compare(json.loads(path.read_text())["config"], mine)
-        if differs:
-            where, (old, new) = next(iter(differs.items()))
-            raise ConfigError(f"{options.out} holds another run: {where} was {old!r} and is {new!r}; "
-                              "choose another --out, or --fresh to forget that run")
-    gather(0)                           # nobody goes on before the folder is looked at by all
-    if jax.process_index() == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({
-            "name": options.name, "overrides": list(options.overrides), "tiny": options.tiny,
-            "layout": to_json(options.layout), "config": mine, "versions": checkpoint.versions()}, indent=1))
-
-
-def _tokenizer(recipe: Recipe, options: RunOptions) -> Any:
-    """The run's tokenizer: the saved one if the run was begun before, otherwise made and saved."""
-    saved = options.out / "tokenizer"
-    if (saved / "tokenizer.json").exists():
-        return load_tokenizer(str(saved))
-    tokenizer = recipe_tokenizer(recipe, options.data_root)
-    for name, stage in recipe.stages.items():
-        model = stage.model or recipe.model
-        room = getattr(model, "decoder", None) or model.text
-        if len(tokenizer) > room.vocab:
-            raise ConfigError(f"the tokenizer {recipe.tokenizer!r} has {len(tokenizer)} tokens; the model of stage {name} has room "
-                              f"for {room.vocab}: make its vocab at least as large")
-    if jax.process_index() == 0:
-        tokenizer.save_pretrained(saved)
-    return tokenizer
-
-
-def finished(run: Run, name: str) -> dict[str, Any] | None:
-    """The summary of a stage that is done, or None."""
-    path = run.stage_folder(name) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None

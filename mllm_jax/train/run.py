@@ -23,12 +23,14 @@ from mllm_jax.evaluation.samples import write_samples
 from mllm_jax.evaluation.tasks import Answers, Task
 from mllm_jax.hf.export import export
 from mllm_jax.hf.family import CannotExpress
+from mllm_jax.hosts import gather
 from mllm_jax.nn.param import Params
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
 from mllm_jax.train.checkpoint import read_params
+from mllm_jax.train.folder import Run, RunOptions, finished, prepare
 from mllm_jax.train.log import Log, duration
-from mllm_jax.train.loop import Run, RunOptions, finished, prepare, train_stage
+from mllm_jax.train.loop import TrainingError, train_stage
 from mllm_jax.train.state import Blueprint
 
 
@@ -46,6 +48,7 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     with sharding.use(options.layout, run.mesh):
         for name in chosen:
             metrics["stages"][name] = _stage(run, name)
+            _leave_if_asked(run, name)
         headline(metrics)
         if name == list(recipe.stages)[-1]:
             params = _trained(run, name)
@@ -98,10 +101,17 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
             log.note(note + (f"; {skipped} examples were skipped: {summary['dropped']}" if skipped else ""))
     results = {}
     if stage.evals:
+        _leave_if_asked(run, name)
         params = _trained(run, name)
         for title, task in stage.evals.items():
             results[title] = _evaluate(run, name, title, task, params)
     return summary | {"evals": results}
+
+
+def _leave_if_asked(run: Run, name: str) -> None:
+    """Between stages, and before what follows the last one."""
+    if any(gather(run.options.stop.is_set())):
+        raise TrainingError(f"asked to stop: stage {name} is done and saved; run again to go on")
 
 
 def _evaluate(run: Run, stage: str, title: str, task: Task, params: Params) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mllm_jax.recipe import LowRank, Recipe
 from mllm_jax.sharding import Layout
 from mllm_jax.train.adapters import model_of
 from mllm_jax.train.checkpoint import read_params
-from mllm_jax.train.loop import RunOptions
+from mllm_jax.train.folder import RunOptions
 from mllm_jax.train.run import train
 from mllm_jax.train.state import Blueprint
 

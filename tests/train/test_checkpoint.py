@@ -1,7 +1,6 @@
 """Checkpoints: what is loaded is what was saved, on any mesh; what is broken is named, and what was whole stays whole."""
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -15,12 +14,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from mllm_jax.config import ConfigError, load
 from mllm_jax.recipe import Adam
 from mllm_jax.sharding import Layout
 from mllm_jax.train import checkpoint
 from mllm_jax.train.checkpoint import CheckpointError, Checkpoints, read_params
-from mllm_jax.train.loop import RunOptions, prepare
 from mllm_jax.train.optimizer import build
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state, trained_paths
 from tests.conftest import ROOT
@@ -274,21 +271,6 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint_before(mine: Path):
     checkpoints = Checkpoints(mine)
     assert checkpoints.restore(abstract)[2]["step"] == 7
     checkpoints.close()
-
-
-def test_the_folder_of_another_recipe_is_refused(tmp_path: Path):
-    recipe = load("contrastive/clip").tiny()
-    options = RunOptions(name="contrastive/clip", out=tmp_path / "run", tiny=True, layout=Layout(mesh={"data": -1}))
-    prepare(recipe, options)
-    (options.out / "stages").mkdir()
-    prepare(recipe, options)            # the same again is welcome
-    other = replace(recipe, stages={"contrastive": replace(recipe.stages["contrastive"], steps=7)})
-    with pytest.raises(ConfigError, match=r"run holds another run: stages.contrastive.steps was 20 and is 7; choose another --out, or --fresh"):
-        prepare(other, options)
-    assert json.loads((options.out / "recipe.json").read_text())["config"]["stages"]["contrastive"]["steps"] == 20
-    prepare(other, replace(options, fresh=True))
-    assert json.loads((options.out / "recipe.json").read_text())["config"]["stages"]["contrastive"]["steps"] == 7
-    assert not (options.out / "stages").exists()
 
 
 def test_random_is_not_zero():

@@ -25,8 +25,9 @@ from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
 from mllm_jax.train.checkpoint import Checkpoints, read_params
+from mllm_jax.train.folder import RunOptions, prepare
 from mllm_jax.train.log import Log
-from mllm_jax.train.loop import RunOptions, TrainingError, prepare, train_stage
+from mllm_jax.train.loop import TrainingError, train_stage
 from mllm_jax.train.state import Blueprint
 from tests.conftest import ROOT
 
@@ -277,11 +278,18 @@ def test_a_loss_that_is_no_number_stops_and_names_the_records(tmp_path: Path):
     assert params(tmp_path / "run", "a", recipe.model)
 
 
+class Later(threading.Event):
+    """Is set when it is looked at for the second time, before the second step."""
+
+    def is_set(self) -> bool:
+        before, self.looked = getattr(self, "looked", False), True
+        return before
+
+
 def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path):
     recipe = small(a={"steps": 6})
-    stop = threading.Event()
-    stop.set()
     for step in range(1, 4):            # each call does one step, saves it and leaves
+        stop = Later()
         with pytest.raises(TrainingError, match=f"asked to stop: stage a is saved at step {step} of 6; run again to go on"):
             run_stages(recipe, tmp_path / "slow", stop=stop)
     run_stages(recipe, tmp_path / "slow")

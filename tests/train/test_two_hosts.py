@@ -1,0 +1,81 @@
+"""Two processes of one run: what stops one stops both, at the same step, and nothing hangs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mllm_jax.hosts import Lockstep
+from tests.conftest import ROOT
+
+STEPS = 90
+
+
+def records(folder: Path) -> None:
+    """Questions about no picture; the answer to one of them is missing."""
+    said = lambda i: [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": "" if i == 0 else f"It is {i}."}]
+    (folder / "talk.json").write_text(json.dumps([{"id": f"r{i}", "conversations": said(i)} for i in range(400)]))
+
+
+def start(folder: Path) -> list[subprocess.Popen]:
+    """The command that a user gives on each of two machines, with two devices each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    data = "stages.align.data"
+    command = [sys.executable, "-m", "mllm_jax.cli", "train", "projector/llava_15", "--tiny", "--stages", "align", "--out", "run",
+               "--save-every", "10", f"{data}.sources={{'llava:talk.json': 1.0}}", f"{data}.template=plain", f"{data}.batch_size=4",
+               f"{data}.seq_len=96", f"{data}.pack=False", f"{data}.items={{'image': 1}}", f"stages.align.steps={STEPS}"]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [subprocess.Popen(command, cwd=folder, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True) for i in range(2)]
+
+
+def end(hosts: list[subprocess.Popen]) -> list[str]:
+    """The last line of each on stderr."""
+    try:
+        errors = [h.communicate(timeout=120)[1] for h in hosts]
+    finally:
+        for h in hosts:
+            h.kill()
+    assert [h.returncode for h in hosts] == [1, 1], "\n".join(errors)[-4000:]
+    assert not any("Traceback" in e for e in errors), errors
+    return [e.splitlines()[-1] for e in errors]
+
+
+def test_what_stops_one_process_stops_both_at_the_same_step(tmp_path: Path):
+    records(tmp_path)
+    log = tmp_path / "run" / "stages" / "align" / "log.jsonl"
+    saved = lambda: sorted(int(p.name) for p in (log.parent / "checkpoints").glob("[0-9]*"))
+
+    hosts = start(tmp_path)
+    limit = time.monotonic() + 100
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 3) and time.monotonic() < limit:
+        time.sleep(0.01)
+    hosts[1].send_signal(signal.SIGTERM)        # one machine alone is taken back
+    lines = end(hosts)
+    [done] = saved()[-1:]
+    assert 3 <= done < STEPS
+    assert lines == [f"mllm-jax train: asked to stop: stage align is saved at step {done} of {STEPS}; run again to go on"] * 2
+
+    # Started again both go on from there, until one of them reads the record that is bad.
+    lines = end(start(tmp_path))
+    [mine] = [i for i, line in enumerate(lines) if line.startswith("mllm-jax train: record 'talk/0/r0' is bad (empty_answer)")]
+    assert lines[1 - mine] == lines[mine].replace("train: record", f"train: process {mine} stopped: record")
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and done < len(steps) < STEPS
+    assert saved()[-1] == max(done, len(steps) // 10 * 10)      # a bad record saves nothing, for one process as for two
+
+
+def test_a_single_process_waits_for_nobody():
+    with pytest.raises(KeyError, match="mine"), Lockstep() as lockstep:
+        assert lockstep.meet(True) and not lockstep.meet(False)
+        raise KeyError("mine")
