@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from mllm_jax.config import ConfigError, config
 from mllm_jax.data.batch import prompt_batch
+from mllm_jax.data.pack import rooms
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode_prompt
 from mllm_jax.hosts import gather, is_writer, local_rows
@@ -180,10 +181,10 @@ class Generator:
         return [every[i] for i in range(len(examples))]
 
     def shape(self, example: Example) -> tuple[int, ...]:
-        """What must be equal for examples of one batch: (positions of a row, items of each modality), both rounded up."""
+        """What must be equal for examples of one batch: (positions of a row, room for each modality), both rounded up."""
         prompt = encode_prompt(example, template=self.template, tokenizer=self.tokenizer, towers=self.towers)
-        counts = [sum(item.modality == m for item in prompt.items) for m in self.towers]
-        return bucket(len(prompt)), *(n and bucket(n, 1) for n in counts)
+        counts = rooms(prompt)
+        return bucket(len(prompt)), *((n := counts.get(m, 0)) and bucket(n, 1) for m in self.towers)
 
     def run(self, examples: Sequence[Example], shape: tuple[int, ...], sampling: Sampling, seed: int = 0) -> list[Answer]:
         """Answers to this process's rows of a global batch; all processes call it with the same shape."""

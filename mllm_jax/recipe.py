@@ -58,7 +58,7 @@ class Data:
     batch_size: int                     # rows of the global batch
     seq_len: int                        # positions of a row
     template: str = "plain"             # chat format, a name of data/templates.py; "tokenizer": the tokenizer's own
-    items: Mapping[str, int] = field(default_factory=dict)   # modality -> media items a row has room for; default 1
+    items: Mapping[str, int] = field(default_factory=dict)   # modality -> room of a row: tiles, or patches if packed; default: one medium
     pack: bool = True                   # several examples in a row; pairs (contrastive) are never packed
     overlong: str = "raise"             # an example longer than a row: "raise", "drop", or "truncate" its text at the end
     on_bad_example: str = "raise"       # an example that cannot be read: "raise" or "skip" (counted)
@@ -115,6 +115,7 @@ def _tiny_stage(stage: Stage, model: Any) -> Stage:
     here = {name: weight for name, weight in stage.data.sources.items() if name.startswith(BUILT_IN)}
     # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them; a caption of pairs is cut.
     seq_len = 320 if hasattr(model, "decoder") else stage.data.seq_len
-    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len)
+    items = {m: min(n, 4 * model.tiny().inputs[m].room) for m, n in stage.data.items.items()}
+    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len, items=items)
     return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local,
                    evals={name: task.tiny() for name, task in stage.evals.items()})

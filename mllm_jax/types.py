@@ -74,13 +74,50 @@ class Example:
 
 
 @record
-class Item:
-    """A medium of a Sequence: not decoded yet, but its grid is known from the header."""
+class Cut:
+    """How a view cuts one medium: into `tiles` pieces of one grid of patches each.
 
-    modality: str
+    Tiles lie in rows and columns and are counted row by row; frames of a video follow one another.  `overview` is the
+    number of the tile that shows the whole medium once more, before all others or after them.  A medium that is nothing
+    but its overview has no rows and columns.
+    """
+
+    size: tuple[int, int]               # (height, width) of the medium in pixels
+    grid: Grid                          # patches of one tile
+    rows: int = 1
+    columns: int = 1
+    overview: int | None = None
+    frames: int = 1                     # tiles of a video, one after another
+    seconds: tuple[float, ...] = ()     # of a video: the time of each frame, or of each step of `grid`
+
+    @property
+    def tiles(self) -> int:
+        return self.frames * self.rows * self.columns + (self.overview is not None)
+
+
+@record
+class Run:
+    """Media tokens that stand side by side in a row; what a layout makes of a medium, together with pieces of text.
+
+    A slot below -1 is mark number -2 - slot of the layout (a learned vector, see TowerConfig.marks).
+    """
+
+    slots: np.ndarray                   # i32[n]     tile * tokens of a tile + token
+    places: np.ndarray | None = None    # i32[n 3]   positions counted from that of the run; None: as TowerConfig.place says
+    taps: np.ndarray | None = None      # i32[n 4]   slots of which a token is the weighted mean; the first one is its slot
+    mix: np.ndarray | None = None       # f32[n 4]   their weights
+    kind: str | None = None             # of these positions, a key of KINDS; None: that of the medium
+
+
+@record
+class Item:
+    """A medium of a Sequence: not decoded yet, but how it will be cut is known from the header."""
+
+    modality: str                       # the input of the model by which it enters
     blob: Blob
-    grid: Grid                          # patches that the view will cut
-    num_tokens: int                     # media tokens after the connector
+    cut: Cut
+    room: int                           # what it takes of a row: tiles, or patches where the layout is packed
+    num_tokens: int                     # media tokens of all its tiles, after the connector
 
 
 @record
@@ -95,8 +132,12 @@ class Sequence:
     kinds: np.ndarray                   # i32[s]
     positions: np.ndarray               # i32[s 3]
     blocks: np.ndarray | None           # i32[s], or None for causal
-    slot: np.ndarray                    # i32[s]    token of its own media (items one after another), -1 for text
+    # By the input of the model, i32[s]: token among those of its own items (one after another), -1 where none stands,
+    # -2 - k for mark k.  With route "memory" it is the item that a position reads.
+    slots: Mapping[str, np.ndarray] = field(default_factory=dict)
     items: tuple[Item, ...] = ()
+    taps: np.ndarray | None = None      # i32[s 4]  slots as above, where a token is a mean of several
+    mix: np.ndarray | None = None       # f32[s 4]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -109,15 +150,23 @@ class Sequence:
 class Media:
     """Media items of one modality in a batch, and where their tokens go in the rows.
 
-    Fixed layout: every item has the same grid, and `values` is [b i p u].  Packed layout (native
-    resolution): `values` is [b n u] and `item[b n]` says which item a patch belongs to, 0 for padding.
+    Fixed layout: every item (a tile) has the same grid, and `values` is [b i p u].
+
+    Packed layout (native resolution): `values` is [b n u], every item has a grid of its own, one item follows the
+    other, and `item[b n]` says which item of its row, counted from 1, a patch belongs to; 0 is padding.  An encoder
+    attends within an item only.  The grid of an item is the largest of its coordinates plus one.  Patches that become
+    one token stand side by side, so token m is made of patches m * k to m * k + k - 1.
+
+    A slot after the last media token is a mark: a learned vector that the tower appends.
     """
 
     values: jax.Array                   # [b i p u]: u8 raw pixels 0-255, which the encoder normalizes; or f32, taken as they are
-    coords: jax.Array                   # i32[b i p 3]   grid position (time, row, column) of each patch
-    mask: jax.Array                     # bool[b i]      False where the row has fewer items
+    coords: jax.Array                   # i32[b i p 3]   grid position (time, row, column) of each patch; packed i32[b n 3]
+    mask: jax.Array                     # bool[b i]      False where the row has fewer items; packed bool[b n], of patches
     slot: jax.Array                     # i32[b s]       media token of the row that stands at position s; -1 for text
     item: jax.Array | None = None       # i32[b n]       packed layout only
+    taps: jax.Array | None = None       # i32[b s 4]     media tokens whose weighted mean stands there; None: slot alone
+    mix: jax.Array | None = None        # f32[b s 4]     their weights
     text: jax.Array | None = None       # i32[b i t]     what the tower reads beside an item, in a vocabulary of its own; -1 is padding
     time: jax.Array | None = None       # f32[b i]       noise level in [0, 1]; diffusion only
     target: jax.Array | None = None     # f32[b i p u]   what the output head should predict; diffusion only

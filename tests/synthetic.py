@@ -46,7 +46,7 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
     positions = np.repeat((inside * (segments > 0))[..., None], 3, axis=-1)
     kinds, media = np.zeros((rows, seq_len), int), {}
     for modality, tower in model.inputs.items():
-        grid = tower.view.grid(64, 64, tower.patch)
+        grid = tower.view.plan(64, 64, tower.patch).grid
         p, n = prod(grid), prod(tower.num_tokens(grid))
         slot = np.full((rows, seq_len), -1)
         if n:

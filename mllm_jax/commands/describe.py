@@ -83,6 +83,7 @@ class Planned:
     def __init__(self, recipe: Any, name: str):
         import jax
 
+        from mllm_jax.data.pack import row_spec
         from mllm_jax.sharding import Layout
         from mllm_jax.train.flops import Counts, step_flops
         from mllm_jax.train.optimizer import build
@@ -100,8 +101,9 @@ class Planned:
         self.state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         self.state_bytes += 4 * self.trained_size if stage.ema is not None else 0
         self.rows, self.seq = stage.data.batch_size, stage.data.seq_len
-        self.items = {m: stage.data.items.get(m, 1) for m in self.towers}
-        self.tokens = {m: math.prod(t.num_tokens(grid_of(t))) for m, t in self.towers.items()}
+        self.spec = row_spec(self.seq, stage.data.items, self.towers, 0)
+        self.items = {m: room.items for m, room in self.spec.media.items()}
+        self.tokens = {m: tokens_of(t) for m, t in self.towers.items()}
         n = self.rows * self.seq
         self.flops = step_flops(self.model, self.trained, Counts(
             rows=self.rows, tokens=n, squares=n * self.seq, trained=n,
@@ -120,7 +122,7 @@ class Planned:
         out: dict[str, list[str]] = {}
         for path in self.sizes:
             first, *rest = path.split("/")
-            depth = 3 if first == "inputs" and rest[1:2] and rest[1] in ("encoder", "connector") else 2
+            depth = 3 if first == "inputs" and rest[1:2] and rest[1] in ("encoder", "connector", "marks") else 2
             part = "/".join(path.split("/")[:depth]) if first in ("inputs", "project") else first
             out.setdefault(part, []).append(path)
         order = ["inputs", "decoder", "text", "project"]
@@ -128,9 +130,15 @@ class Planned:
         return dict(sorted(out.items(), key=lambda kv: (place(kv[0]), kv[0].endswith("/connector"))))
 
 
-def grid_of(tower: Any) -> tuple[int, int, int]:
-    """The patches of a photograph of 640x480 pixels in this tower's view."""
-    return tower.view.grid(480, 640, tower.patch)
+def tokens_of(tower: Any) -> int:
+    """Positions of a row that a photograph of 640x480 pixels takes, without text; 0 where it stands beside the row."""
+    from mllm_jax.data.layouts import Plain
+    from mllm_jax.types import Run
+
+    if tower.route != "splice":
+        return 0
+    pieces = (tower.layout or Plain())(tower.nominal, tower.num_tokens(tower.nominal.grid))
+    return sum(len(piece.slots) for piece in pieces if isinstance(piece, Run))
 
 
 def batch_of(p: Planned) -> Any:
@@ -143,12 +151,15 @@ def batch_of(p: Planned) -> Any:
     b, s = p.rows, p.seq
     i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     media = {}
-    for m, tower in p.towers.items():
-        patches, i = math.prod(grid_of(tower)), p.items[m]
-        values = jax.ShapeDtypeStruct((b, i, patches, tower.encoder.patch_dim), jnp.uint8)
-        media[m] = Media(values=values, coords=i32(b, i, patches, 3), mask=jax.ShapeDtypeStruct((b, i), jnp.bool_), slot=i32(b, s))
+    for m, room in p.spec.media.items():
+        patches = (b, room.items) if room.packed else (b, room.items, math.prod(room.grid))
+        media[m] = Media(
+            values=jax.ShapeDtypeStruct((*patches, room.width), jnp.uint8), coords=i32(*patches, 3), slot=i32(b, s),
+            mask=jax.ShapeDtypeStruct((b, room.items), jnp.bool_), item=i32(*patches) if room.packed else None,
+            taps=i32(b, s, 4) if room.taps else None,
+            mix=jax.ShapeDtypeStruct((b, s, 4), jnp.float32) if room.taps else None)
     return Batch(tokens=i32(b, s), targets=i32(b, s), weights=jax.ShapeDtypeStruct((b, s), jnp.float32), segments=i32(b, s),
-                 positions=i32(b, s, 3), kinds=i32(b, s), media=media)
+                 positions=i32(b, s, 3), kinds=i32(b, s), blocks=i32(b, s) if p.spec.blocks else None, media=media)
 
 
 def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
@@ -163,12 +174,15 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
     weights = ", ".join(f"{k} {v:g}" for k, v in stage.data.sources.items())
     yield "host", "source", "", weights
     for m, tower in p.towers.items():
-        t, rows, columns = grid_of(tower)
+        cut = tower.nominal
+        t, rows, columns = cut.grid
         grid = f"{rows} x {columns} patches of {tower.patch} x {tower.patch}" + (f", {t} times" if t > 1 else "")
-        yield "", f"view of {m}", f"u8[{t * rows * columns} {tower.encoder.patch_dim}]", f"{tower.view}: {grid}"
+        tiles = f"{cut.tiles} tiles of " if cut.tiles > 1 else ""
+        example = "; of a picture of 640x480" if tiles or tower.view.packed else ""
+        yield "", f"view of {m}", f"u8[{cut.tiles * t * rows * columns} {tower.encoder.patch_dim}]", f"{tower.view}: {tiles}{grid}{example}"
     yield "", "encode", f"i32[up to {p.seq}]", f"template {stage.data.template}, tokenizer {recipe.tokenizer}" + "".join(
         f"; {n} tokens for each {m}" for m, n in p.tokens.items() if n)
-    room = ", ".join(f"{n} {m}{'s' * (n > 1)}" for m, n in p.items.items())
+    room = ", ".join(room_of(n, m, p.towers[m]) for m, n in p.items.items())
     packs = "several examples a row" if stage.data.pack else "one example a row"
     yield "", "pack", shape(batch.tokens, "i32"), f"{packs}, room for {room or 'no media'} in each"
 
@@ -210,6 +224,11 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
     trained = {k: v for k, v in p.blueprint.shapes.items() if k in p.trained}
     yield "", type(stage.optimizer).__name__, f"{len(trained)} arrays", f"train_step: lr {stage.optimizer.lr:g}, {stage.steps} steps"
     yield "host", "log", "", ", ".join(f"{n}/loss = total / count" for n in stage.objectives)
+
+
+def room_of(n: int, modality: str, tower: Any) -> str:
+    """The room of a row in what it is counted in, "3 images" or "5 image tiles"."""
+    return f"{n} {modality}" + (" patches" if tower.view.packed else " tiles" if tower.room > 1 else "s" * (n > 1))
 
 
 def tower_name(tower: Any) -> str:

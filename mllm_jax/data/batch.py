@@ -6,19 +6,21 @@ out to be broken behind its header takes its example with it: those positions be
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from mllm_jax.data.augment import rng_for
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.pack import Placed, Row, RowSpec, blank, one_row, row_spec
+from mllm_jax.data.expand import entrance
+from mllm_jax.data.pack import Placed, Row, RowSpec, blank, one_row, rooms, row_spec
 from mllm_jax.data.record import read_blob
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode_prompt
 from mllm_jax.types import Batch, Example, Media, Sequence, record
 
-Decoded = tuple[np.ndarray, np.ndarray]             # values u8[p u], coords i32[p 3]
+Decoded = tuple[np.ndarray, np.ndarray]             # values u8[n u], coords i32[n 3]
 BUCKET = 64                                         # lengths of prompt batches are multiples of this
 
 
@@ -29,7 +31,7 @@ class BatchInfo:
     ids: tuple[tuple[str, ...], ...]                # of the examples of each row
     tokens: int                                     # positions that are not padding
     trained: int                                    # of them with a weight
-    media: Mapping[str, int]                        # modality -> items
+    media: Mapping[str, int]                        # modality -> tiles, or patches where the layout is packed
     squares: int                                    # sum over examples of length^2: what causal attention costs
     examples: Mapping[str, int] = field(default_factory=dict)               # source -> examples since the start
     dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)    # (source, reason) -> since the start
@@ -52,7 +54,7 @@ def decode_items(
     seed: int = 0,
     map: Callable = map,
 ) -> list[Decoded | BadExample]:
-    """Patches of each medium, or what is wrong with it, in order.
+    """Patches of each medium (tile after tile), or what is wrong with it, in order.
 
     Args:
       exact: pixels equal to the reference processors; otherwise faster ones, for training.
@@ -61,13 +63,14 @@ def decode_items(
     """
 
     def decode(place: Placed) -> Decoded | BadExample:
-        tower, id = towers[place.item.modality], place.entry.sequence.id
+        blob, id = place.item.blob, place.entry.sequence.id
+        _, tower = entrance(towers, blob.kind, several=sum(i.blob.kind == "image" for i in place.entry.sequence.items) > 1)
         change = None
         if augment:
             rng = rng_for(seed, f"{id}/{place.number}", place.entry.epoch)
             change = lambda image: _chain(augment, image, rng)
         try:
-            return tower.view(read_blob(place.item.blob), tower.patch, exact=exact, change=change)
+            return tower.view(read_blob(blob), tower.patch, exact=exact, change=change)
         except BadExample as error:
             return error.of(id)
 
@@ -84,21 +87,26 @@ def mend(row: Row, decoded: list[Decoded | BadExample], spec: RowSpec) -> tuple[
 def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Batch:
     """A Batch of numpy arrays; the layout of its media is fixed, so a row without media has room for them too."""
     stack = lambda name: np.stack([getattr(row, name) for row in rows])
-    b, media = len(rows), {}
+    of = lambda name, modality: np.stack([getattr(row, name)[modality] for row in rows])
+    media = {}
     for modality, room in spec.media.items():
-        i, p = room.items, int(np.prod(room.grid))
+        patches = (len(rows), room.items) if room.packed else (len(rows), room.items, prod(room.grid))
         media[modality] = Media(
-            values=np.zeros((b, i, p, room.width), np.uint8),
-            coords=np.zeros((b, i, p, 3), np.int32),
-            mask=np.zeros((b, i), bool),
-            slot=np.stack([row.slots[modality] for row in rows]),
+            values=np.zeros((*patches, room.width), np.uint8),
+            coords=np.zeros((*patches, 3), np.int32),
+            mask=np.zeros((len(rows), room.items), bool),
+            slot=of("slots", modality),
+            item=np.zeros(patches, np.int32) if room.packed else None,
+            taps=of("taps", modality) if room.taps else None,
+            mix=of("mix", modality) if room.taps else None,
         )
     for r, (row, items) in enumerate(zip(rows, decoded, strict=True)):
-        for place, (values, coords) in zip(row.media, items, strict=True):
-            into = media[place.item.modality]
-            into.values[r, place.index], into.coords[r, place.index] = values, coords
-            into.mask[r, place.index] = True
-    causal = np.arange(spec.seq_len, dtype=np.int32)
+        for number, (place, (values, coords)) in enumerate(zip(row.media, items, strict=True), start=1):
+            into, here = media[place.item.modality], slice(place.index, place.index + place.item.room)
+            into.values[r, here], into.coords[r, here] = values.reshape(into.values[r, here].shape), coords.reshape(into.coords[r, here].shape)
+            into.mask[r, here] = True
+            if into.item is not None:
+                into.item[r, here] = number
     return Batch(
         tokens=stack("tokens"),
         targets=stack("targets"),
@@ -106,9 +114,7 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
         segments=stack("segments"),
         positions=stack("positions"),
         kinds=stack("kinds"),
-        blocks=None
-        if all(row.blocks is None for row in rows)
-        else np.stack([causal if row.blocks is None else row.blocks for row in rows]),
+        blocks=stack("blocks") if spec.blocks else None,
         media=media,
     )
 
@@ -119,7 +125,7 @@ def describe(rows: list[Row]) -> BatchInfo:
     media: dict[str, int] = {}
     for row in rows:
         for place in row.media:
-            media[place.item.modality] = media.get(place.item.modality, 0) + 1
+            media[place.item.modality] = media.get(place.item.modality, 0) + place.item.room
     return BatchInfo(
         ids=tuple(tuple(entry.sequence.id for entry in row.entries) for row in rows),
         tokens=sum(lengths),
@@ -148,7 +154,7 @@ def prompt_batch(
     Args:
       seq_len: length of the rows; None takes the longest prompt, rounded up to a multiple of 64, so that a
         program is compiled for few lengths.
-      items: room for media; None takes the most that a prompt has, at least one.
+      items: room for tiles or patches of media; None takes the most that a prompt has, at least one.
       rows: rows of the batch; those after the examples are padding alone (a ragged last batch).
 
     Raises:
@@ -161,7 +167,7 @@ def prompt_batch(
         longest = max((len(s) for s in sequences), default=1)
         seq_len = -(-longest // BUCKET) * BUCKET
     if items is None:
-        items = {m: max(1, *(sum(i.modality == m for i in s.items) for s in sequences)) for m in towers}
+        items = {m: max(1, *(rooms(s).get(m, 0) for s in sequences)) for m in towers}
     spec = row_spec(seq_len, items, towers, tokenizer.pad_token_id)
     placed = [_to_the_right(one_row(s, spec), len(s)) for s in sequences]
     decoded = []
@@ -178,11 +184,11 @@ def prompt_batch(
 
 def _to_the_right(row: Row, length: int) -> Row:
     by = len(row.tokens) - length
-    arrays = ("tokens", "targets", "weights", "segments", "positions", "kinds")
+    arrays = ("tokens", "targets", "weights", "segments", "positions", "kinds", *(["blocks"] if row.blocks is not None else []))
     return replace(
         row,
         **{name: np.roll(getattr(row, name), by, axis=0) for name in arrays},
-        slots={m: np.roll(slot, by) for m, slot in row.slots.items()},
+        **{name: {m: np.roll(x, by, axis=0) for m, x in getattr(row, name).items()} for name in ("slots", "taps", "mix")},
     )
 
 
@@ -190,7 +196,7 @@ def _empty(spec: RowSpec) -> Row:
     none = np.zeros(0, np.int32)
     nothing = Sequence(
         id="", source="", tokens=none, targets=none, weights=none, kinds=none,
-        positions=np.zeros((0, 3), np.int32), blocks=None, slot=none,
+        positions=np.zeros((0, 3), np.int32), blocks=None,
     )  # fmt: skip
     return replace(one_row(nothing, spec), entries=())
 

@@ -11,6 +11,7 @@ sequences as they come, which fills less: 89 % of rows of 2,048 with up to three
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -18,20 +19,39 @@ import numpy as np
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
-from mllm_jax.types import KINDS, Grid, Item, Sequence, record
-
-_NOMINAL = (480, 640)                   # a view of the fixed layout gives the same grid for every size
+from mllm_jax.data.layouts import MARK, alone
+from mllm_jax.types import Grid, Item, Sequence, record
 
 
 @record
 class MediaSpec:
-    """The fixed room of one modality in a row."""
+    """The fixed room of one modality in a row.  It is counted in tiles, or in patches where the layout is packed."""
 
-    items: int
-    grid: Grid                          # patches of an item
-    num_tokens: int                     # positions of an item; 0 where it has none (route "pool")
+    items: int                          # room for so many tiles or patches
+    grid: Grid                          # patches of a tile; packed: (1, 1, 1)
     width: int                          # values of a patch
     route: str
+    num_tokens: int                     # positions of a tile; 0 where it has none (route "pool"); packed: 1
+    patches: int = 1                    # packed: that become one token
+    packed: bool = False
+    taps: bool = False                  # some tokens may be means of several
+
+    @property
+    def tokens(self) -> int:
+        """Media tokens of the row; marks come after them."""
+        return self.before(self.items)
+
+    def before(self, used: int) -> int:
+        """Number of the first token behind so many tiles or patches."""
+        return used * self.num_tokens // self.patches
+
+    def check(self, item: Item, id: str) -> None:
+        """Raises ConfigError if the tokens of the item are not where the row will look for them."""
+        if not self.packed and item.cut.grid != self.grid:
+            raise ConfigError(f"record {id!r} has {item.cut.grid} patches where rows have {self.grid}; use views of one size")
+        if self.route != "memory" and item.num_tokens * self.patches != item.room * self.num_tokens:
+            raise ConfigError(f"record {id!r} has {item.num_tokens} media tokens for {item.room} patches, where {self.patches} make one; "
+                              "a packed layout needs a connector that keeps to that")
 
 
 @record
@@ -41,40 +61,42 @@ class RowSpec:
     seq_len: int
     pad: int                            # id at padding
     media: Mapping[str, MediaSpec]
+    blocks: bool = False                # rows say who sees whom, because attention is not causal
 
     def check(self, sequence: Sequence) -> None:
         """Raises BadExample if the sequence does not fit into an empty row of this shape."""
         if len(sequence) > self.seq_len:
             raise BadExample(sequence.id, "overlong", f"{len(sequence)} positions for a row of {self.seq_len}")
-        for modality, count in _counts(sequence).items():
-            spec = self.media[modality]
+        for modality, count in rooms(sequence).items():
+            spec, items = self.media[modality], [item for item in sequence.items if item.modality == modality]
             if count > spec.items:
-                raise BadExample(sequence.id, "too_many_items", f"{count} {modality}s for a row of {spec.items}")
-        for item in sequence.items:
-            spec = self.media[item.modality]
-            if item.grid != spec.grid:
-                raise ConfigError(f"record {sequence.id!r} has {item.grid} patches where rows have {spec.grid}; use a view of one size")
+                what = f"{modality} patches" if spec.packed else f"{modality}s" if count == len(items) else f"{modality} tiles"
+                raise BadExample(sequence.id, "too_many_items", f"{count} {what} for a row of {spec.items}")
+            for item in items:
+                spec.check(item, sequence.id)
 
 
 def row_spec(seq_len: int, items: Mapping[str, int], towers: Mapping[str, Any], pad: int) -> RowSpec:
-    """The shape of rows for a model with these towers; a modality that `items` does not name has room for one.
+    """The shape of rows for a model with these towers; an input that `items` does not name has room for one medium.
 
     Raises:
-      ConfigError: `items` names a modality that the model does not take.
+      ConfigError: `items` names an input that the model does not have.
     """
     if unknown := set(items) - set(towers):
         raise ConfigError(f"data.items names {', '.join(sorted(unknown))}; the model takes: {', '.join(towers) or 'text only'}")
     media = {}
     for modality, tower in towers.items():
-        grid = tower.view.grid(*_NOMINAL, tower.patch)
-        media[modality] = MediaSpec(
-            items=items.get(modality, 1),
-            grid=grid,
-            num_tokens=prod(tower.num_tokens(grid)),
-            width=3 * tower.patch**2,
-            route=tower.route,
-        )
-    return RowSpec(seq_len=seq_len, pad=pad, media=media)
+        patches, tokens, room = tower.nominal.grid, prod(tower.num_tokens(tower.nominal.grid)), items.get(modality, tower.room)
+        common = {"width": tower.encoder.patch_dim, "route": tower.route,
+                  "taps": any(way.layout is not None and way.layout.taps for way in tower.kinds.values())}  # fmt: skip
+        if tower.view.packed:
+            ratio = prod(patches) // tokens
+            media[modality] = MediaSpec(
+                items=-(-room // ratio) * ratio, grid=(1, 1, 1), num_tokens=1, patches=ratio, packed=True, **common)
+        else:
+            media[modality] = MediaSpec(items=room, grid=patches, num_tokens=tokens, **common)
+    blocks = any(way.sees != "causal" for tower in towers.values() for way in tower.kinds.values())
+    return RowSpec(seq_len=seq_len, pad=pad, media=media, blocks=blocks)
 
 
 @record
@@ -88,7 +110,7 @@ class Entry:
 
 @record
 class Placed:
-    """A medium in a row: which item of its modality it is, and whose."""
+    """A medium in a row: where its tiles or patches begin among those of its modality, and whose it is."""
 
     item: Item
     index: int
@@ -109,6 +131,8 @@ class Row:
     kinds: np.ndarray                   # i32[s]
     blocks: np.ndarray | None           # i32[s]
     slots: Mapping[str, np.ndarray]     # modality -> i32[s]
+    taps: Mapping[str, np.ndarray]      # modality -> i32[s 4], of those that may have means of tokens
+    mix: Mapping[str, np.ndarray]       # modality -> f32[s 4]
     media: tuple[Placed, ...]
     entries: tuple[Entry, ...]          # in the order of the segments
 
@@ -244,9 +268,9 @@ def blank(row: Row, segments: set[int], spec: RowSpec) -> Row | None:
     gone = np.isin(row.segments, list(segments))
     fill = {"tokens": spec.pad, "targets": spec.pad, "weights": 0, "segments": 0, "positions": 0, "kinds": 0}
     arrays = {name: _where(gone, getattr(row, name), value) for name, value in fill.items()}
-    return Row(
+    return replace(
+        row,
         **arrays,
-        blocks=row.blocks,
         slots={m: _where(gone, slot, -1) for m, slot in row.slots.items()},
         media=tuple(p for p in row.media if p.segment not in segments),
         entries=tuple(e for i, e in enumerate(row.entries) if i + 1 not in segments),
@@ -259,7 +283,9 @@ def _row(entries: list[Entry], spec: RowSpec) -> Row:
     weights, segments, kinds = np.zeros(s, np.float32), np.zeros(s, np.int32), np.zeros(s, np.int32)
     positions = np.zeros((s, 3), np.int32)
     slots = {m: np.full(s, -1, np.int32) for m in spec.media}
-    blocks = np.arange(s, dtype=np.int32) if any(e.sequence.blocks is not None for e in entries) else None
+    tapped = [m for m, room in spec.media.items() if room.taps]
+    taps, mix = {m: np.zeros((s, 4), np.int32) for m in tapped}, {m: np.zeros((s, 4), np.float32) for m in tapped}
+    blocks = np.arange(s, dtype=np.int32) if spec.blocks else None
     used, media, at = dict.fromkeys(spec.media, 0), [], 0
     for segment, entry in enumerate(entries, start=1):
         sequence = entry.sequence
@@ -268,31 +294,39 @@ def _row(entries: list[Entry], spec: RowSpec) -> Row:
         segments[here], positions[here], kinds[here] = segment, sequence.positions, sequence.kinds
         if sequence.blocks is not None:
             blocks[here] = sequence.blocks
-        for modality, room in spec.media.items():
-            # The row's layout is fixed: item i has the tokens from i * num_tokens. Memory slots name the item itself.
-            memory = room.route == "memory"
-            mine = (sequence.kinds == (0 if memory else KINDS[modality])) & (sequence.slot >= 0)
-            base = used[modality] * (1 if memory else room.num_tokens)
-            slots[modality][here] = np.where(mine, sequence.slot + base, -1)
+        for modality, slot in sequence.slots.items():
+            room = spec.media[modality]
+            # The row's layout is fixed: tile i has the tokens from i * num_tokens.  Memory slots name the item itself.
+            base = used[modality] if room.route == "memory" else room.before(used[modality])
+            slots[modality][here] = _moved(slot, base, room.tokens)
+            if room.taps:
+                own, ones = alone(slot) if sequence.taps is None else (sequence.taps, sequence.mix)
+                taps[modality][here], mix[modality][here] = np.maximum(_moved(own, base, room.tokens), 0), ones
         for number, item in enumerate(sequence.items):
             media.append(Placed(item=item, index=used[item.modality], segment=segment, number=number, entry=entry))
-            used[item.modality] += 1
+            used[item.modality] += item.room
         at += len(sequence)
     return Row(
         tokens=tokens, targets=targets, weights=weights, segments=segments, positions=positions, kinds=kinds,
-        blocks=blocks, slots=slots, media=tuple(media), entries=tuple(entries),
+        blocks=blocks, slots=slots, taps=taps, mix=mix, media=tuple(media), entries=tuple(entries),
     )  # fmt: skip
 
 
+def _moved(slot: np.ndarray, base: int, marks: int) -> np.ndarray:
+    """Slots of a sequence as those of a row: tokens behind `base` others, mark k at marks + k, -1 as it is."""
+    return np.where(slot >= 0, slot + base, np.where(slot <= MARK, marks + MARK - slot, -1))
+
+
 def _need(sequence: Sequence) -> dict[str, int]:
-    """What a sequence takes of a row: positions under "", and media."""
-    return {"": len(sequence)} | _counts(sequence)
+    """What a sequence takes of a row: positions under "", and room of media."""
+    return {"": len(sequence)} | rooms(sequence)
 
 
-def _counts(sequence: Sequence) -> dict[str, int]:
+def rooms(sequence: Sequence) -> dict[str, int]:
+    """Tiles or patches that a sequence takes of a row, by modality."""
     counts: dict[str, int] = {}
     for item in sequence.items:
-        counts[item.modality] = counts.get(item.modality, 0) + 1
+        counts[item.modality] = counts.get(item.modality, 0) + item.room
     return counts
 
 

@@ -53,7 +53,7 @@ def preview(rows: Rows, tokenizer: Any, towers: Mapping[str, Any], *, title: str
         f"{batch.tokens.shape[0]} rows of {batch.tokens.shape[1]} positions",
         f"{info.tokens / size:.1%} filled",
         f"{info.trained} of {info.tokens} tokens trained ({info.trained / max(1, info.tokens):.1%})",
-        *(f"{np.sum(m.mask)} of {m.mask.size} {name} slots used" for name, m in batch.media.items()),
+        *(f"{np.sum(m.mask)} of {m.mask.size} {name} {'slots' if m.item is None else 'patches'} used" for name, m in batch.media.items()),
     ]
     body = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{" · ".join(facts)}<br>'
             '<mark>marked</mark> tokens are predicted with a weight in the loss; a segment sees itself only.</p>',
@@ -102,7 +102,7 @@ def _row(rows: Rows, b: int, tokenizer: Any, towers: Mapping[str, Any]) -> str:
             f'<div class="text">{_text(batch, b, at, trained, tokenizer, towers)}</div></article>'
         )
     beside = [
-        _medium(name, media, b, i, "beside the row", towers)
+        _medium(name, _picture(media, b, i, towers[name]), i, "beside the row")
         for name, media in batch.media.items() if towers[name].route != "splice"
         for i in np.flatnonzero(media.mask[b])
     ]  # fmt: skip
@@ -111,18 +111,19 @@ def _row(rows: Rows, b: int, tokenizer: Any, towers: Mapping[str, Any]) -> str:
 
 def _text(batch: Any, b: int, at: list[int], trained: np.ndarray, tokenizer: Any, towers: Mapping[str, Any]) -> str:
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    # Runs of: one medium, or text of one marking; a byte-level character may need several tokens to be readable.
+    # Runs of: media tokens, or text of one marking; a byte-level character may need several tokens to be readable.
     owner = {i: _owner(batch, b, i, towers) for i in at}
     out = []
-    for (medium, mark, plain), group in groupby(
+    for (name, mark, plain), group in groupby(
         at, key=lambda i: (owner[i], bool(trained[i]), batch.tokens[b, i] not in special)
     ):
         where = list(group)
-        if medium is not None:
-            name, item = medium
-            slots = batch.media[name].slot[b, where]
+        if name is not None:
+            media, tower = batch.media[name], towers[name]
+            slots = media.slot[b, where]
             note = f"{len(where)} tokens at {where[0]}-{where[-1]}, slots {slots.min()}-{slots.max()}"
-            out.append(_medium(name, batch.media[name], b, item, note, towers))
+            tiles = _tiles(media, b, slots, tower)
+            out += [_medium(name, _picture(media, b, i, tower), i, note) for i in tiles] or [f'<span class="special">{name} mark</span>']
             continue
         ids = batch.tokens[b, where].tolist()
         if plain:
@@ -135,24 +136,32 @@ def _text(batch: Any, b: int, at: list[int], trained: np.ndarray, tokenizer: Any
     return "".join(out)
 
 
-def _owner(batch: Any, b: int, i: int, towers: Mapping[str, Any]) -> tuple[str, int] | None:
-    """The item whose token stands at position i."""
-    for name, media in batch.media.items():
-        slot = media.slot[b, i]
-        if slot >= 0 and batch.kinds[b, i] > 0:
-            return name, int(slot) // _tokens(media, towers[name])
-    return None
+def _owner(batch: Any, b: int, i: int, towers: Mapping[str, Any]) -> str | None:
+    """The modality of which a token stands at position i."""
+    return next((name for name, media in batch.media.items() if media.slot[b, i] >= 0 and towers[name].route == "splice"), None)
 
 
-def _tokens(media: Any, tower: Any) -> int:
-    """Positions of an item, from the grid of the first one that is there."""
-    rows, columns = np.nonzero(media.mask)
-    grid = tuple(int(x) + 1 for x in media.coords[rows[0], columns[0]].max(axis=0))
-    return int(np.prod(tower.num_tokens(grid)))
+def _tiles(media: Any, b: int, slots: np.ndarray, tower: Any) -> list[int]:
+    """The tiles (packed: items) that these slots are of, in the order of the text; marks are of none."""
+    patches = tower.nominal.grid
+    each, tokens = int(np.prod(patches)), int(np.prod(tower.num_tokens(patches)))
+    if media.item is None:
+        tiles = slots[slots < media.mask.shape[1] * tokens] // tokens
+    else:
+        here = slots * (each // tokens)
+        tiles = media.item[b, here[here < media.mask.shape[1]]]
+    return list(dict.fromkeys(tiles.tolist()))
 
 
-def _medium(name: str, media: Any, b: int, item: int, note: str, towers: Mapping[str, Any]) -> str:
-    pixels = join(media.values[b, item], media.coords[b, item], towers[name].patch)
+def _picture(media: Any, b: int, tile: int, tower: Any) -> np.ndarray:
+    """u8[h w 3] of a tile, or of an item of the packed layout; of a video the first moment."""
+    which = tile if media.item is None else media.item[b] == tile
+    values, coords = media.values[b, which], media.coords[b, which]
+    first = coords[:, 0] == coords[:, 0].min()
+    return join(values[first], coords[first], tower.patch)
+
+
+def _medium(name: str, pixels: np.ndarray, item: int, note: str) -> str:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     data = base64.b64encode(out.getvalue()).decode()

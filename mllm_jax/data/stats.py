@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.images import image_size
-from mllm_jax.data.pack import RowSpec, pack, row_spec
-from mllm_jax.data.record import read_blob
+from mllm_jax.data.pack import RowSpec, pack, rooms, row_spec
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode
 from mllm_jax.types import Sequence, record
 
 LENGTHS = (64, 77, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
 MOST_DROPPED = 0.03
-_HEADER = 1 << 18
 _WIDTH = 44                             # characters of the longest bar
 
 
@@ -56,7 +53,7 @@ def measure(
                 example, template=template, tokenizer=template.tokenizer, towers=towers,
                 max_len=seq_len if template.pairs else None,
             )  # fmt: skip
-            sizes += [image_size(read_blob(item.blob, _HEADER)) for item in sequence.items if item.modality == "image"]
+            sizes += [item.cut.size for item in sequence.items if item.blob.kind == "image"]
             sequences.append(sequence)
         except BadExample as error:
             bad[error.reason] += 1
@@ -80,8 +77,9 @@ def report(
         yield from histogram("positions of an example", [len(s) for s in one.sequences])
         trained = sum(int(np.count_nonzero(s.weights)) for s in one.sequences)
         yield f"  trained: {trained / sum(len(s) for s in one.sequences):.1%} of the positions"
-        for modality in towers:
-            yield from histogram(f"{modality}s of an example", _items(one.sequences, modality), whole=True)
+        for modality, tower in towers.items():
+            unit = f"{modality} patches" if tower.view.packed else f"{modality} tiles" if tower.room > 1 else f"{modality}s"
+            yield from histogram(f"{unit} of an example", _rooms(one.sequences, modality), whole=not tower.view.packed)
         if one.sizes:
             yield from histogram("shorter side of an image, pixels", [min(size) for size in one.sizes])
         yield ""
@@ -89,7 +87,7 @@ def report(
     if not sample:
         yield "nothing could be measured"
         return
-    if all(s.items and not (s.slot >= 0).any() for s in sample) and len({len(s) for s in sample}) == 1:
+    if all(s.items and not any((slot >= 0).any() for slot in s.slots.values()) for s in sample) and len({len(s) for s in sample}) == 1:
         yield f"Every example fills a row of its own ({len(sample[0])} positions); there is nothing to pack."
         return
     advice = recommend(sample, towers)
@@ -185,11 +183,11 @@ def _room_for(sequences: list[Sequence], n: int, towers: Mapping[str, Any]) -> d
     positions = sum(len(s) for s in sequences)
     room = {}
     for modality in towers:
-        counts = _items(sequences, modality)
+        counts = _rooms(sequences, modality)
         each = int(np.quantile(counts, 1 - MOST_DROPPED, method="higher"))
         room[modality] = max(1, each, int(np.ceil(n * sum(counts) / positions)))
     return room
 
 
-def _items(sequences: Iterable[Sequence], modality: str) -> list[int]:
-    return [sum(item.modality == modality for item in s.items) for s in sequences]
+def _rooms(sequences: Iterable[Sequence], modality: str) -> list[int]:
+    return [rooms(s).get(modality, 0) for s in sequences]

@@ -137,6 +137,12 @@ class Template:
         ids = self._backends[0].encode(STOPS.get(self.name, ""), add_special_tokens=False).ids
         return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *(ids if len(ids) == 1 else [])]))
 
+    def piece(self, text: str) -> np.ndarray:
+        """Ids i32[n] of a text of a layout, in which special tokens are known; the name of one token is that token."""
+        known = self._backends[0]
+        id = known.token_to_id(text)
+        return np.array(known.encode(text, add_special_tokens=False).ids if id is None else [id], np.int32)
+
     def turns(self, turns: Iterable[Turn], *, prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(ids i32[s], weights f32[s]) of a conversation; a medium is one placeholder token.
 

@@ -3,30 +3,24 @@
     tokens    <s>  Q    <image> <image> <image> ?    A    .    </s>
     targets   Q    <image> ...  ...     ?       A    .    </s> <pad>
     weights   0    0    0       0       0       1    1    1    0        a weight belongs to the token predicted
-    slot      -1   -1   0       1       2       -1   -1   -1   -1
+    slots     -1   -1   0       1       2       -1   -1   -1   -1
 
-The template writes one placeholder for a medium; only here does it become as many positions as the connector
-gives tokens (route "splice"), one position (route "memory", read by cross-attention), or none (route "pool",
-contrastive pairs).  Media are not decoded; their headers are read, so that a missing or broken file is found
-before it is packed.
+The template writes one placeholder for a medium; only here (expand.py) does it become as many positions as the
+connector gives tokens and the layout adds (route "splice"), one position (route "memory", read by cross-attention),
+or none (route "pool", contrastive pairs).
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.images import image_size
-from mllm_jax.data.record import read_blob
+from mllm_jax.data.expand import expand
 from mllm_jax.data.templates import Template, encode_pair
-from mllm_jax.data.tokenizer import placeholder
-from mllm_jax.types import KINDS, Blob, Example, Item, Part, Sequence, Turn
-
-_HEADER = 1 << 18                       # bytes of a file in which its header is looked for
+from mllm_jax.types import Example, Part, Sequence, Turn
 
 
 def encode(
@@ -39,10 +33,10 @@ def encode(
     max_len: int | None = None,
     rng: np.random.Generator | None = None,
 ) -> Sequence:
-    """The tokens of one example, with targets shifted by one; positions count from 0, attention is causal.
+    """The tokens of one example, with targets shifted by one; positions count from 0.
 
     Args:
-      towers: modality -> what enters the model that way: `.view`, `.patch`, `.route`, `.num_tokens(grid)`.
+      towers: input of the model -> its models.tower.TowerConfig.
       overlong: of more than `max_len` positions: "truncate" cuts text at the end; else it is a bad example.
       rng: chooses one of several captions; None takes the first.
 
@@ -62,8 +56,7 @@ def encode(
             _check(turns)
             ids, weights = template.turns(turns)
             used = [part.media for turn in turns for part in turn.parts if part.kind != "text"]
-        sequence = _sequence(example, ids, weights, used, tokenizer, towers, pairs=template.pairs)
-        sequence = _fit(sequence, max_len, overlong)
+        sequence = _fit(*expand(example, ids, weights, used, template, towers), max_len, overlong)
         if not sequence.weights.any():
             detail = f"none of {len(sequence)} tokens has a weight under the template {template.name!r}"
             raise BadExample("", "no_trained", detail)
@@ -91,71 +84,24 @@ def encode_prompt(
             raise BadExample("", "roles", "nothing comes before the first answer")
         ids, weights = template.turns(turns, prompt=True)
         used = [part.media for turn in turns for part in turn.parts if part.kind != "text"]
-        return _fit(_sequence(example, ids, weights, used, tokenizer, towers, pairs=False), max_len, "raise")
+        return _fit(*expand(example, ids, weights, used, template, towers), max_len, "raise")
     except BadExample as error:
         raise error.of(example.id) from error.__cause__
 
 
-def _sequence(
-    example: Example, ids: np.ndarray, weights: np.ndarray, used: Iterable[int], tokenizer: Any,
-    towers: Mapping[str, Any], *, pairs: bool,
-) -> Sequence:  # fmt: skip
-    items = tuple(_item(example.media[i], towers) for i in used)
-    length = len(ids)
-    repeat, kinds, memory = np.ones(length, np.int64), np.zeros(length, np.int32), np.zeros(length, np.int32)
-    for modality in {} if pairs else {item.modality: None for item in items}:
-        token, id = placeholder(tokenizer, modality)
-        here, own = np.flatnonzero(ids == id), [item for item in items if item.modality == modality]
-        if len(here) != len(own):
-            raise BadExample("", "placeholders", f"the template left {len(here)} of {token} for {len(own)} {modality}s")
-        route = towers[modality].route
-        if route == "memory":           # the text after the placeholder reads this item
-            memory[here] = 1
-        else:
-            repeat[here] = [item.num_tokens for item in own]
-            kinds[here] = KINDS[modality]
-    tokens, kinds, weights, memory = (np.repeat(x, repeat) for x in (ids, kinds, weights, memory))
-    slot = np.cumsum(memory, dtype=np.int32) - 1
-    for kind in set(kinds.tolist()) - {0}:
-        slot[kinds == kind] = np.arange(np.sum(kinds == kind))
-    slot = slot if memory.any() else np.where(kinds > 0, slot, -1)
-    trained = np.where(kinds > 0, 0.0, weights)
-    return Sequence(
-        id=example.id,
-        source=example.source,
-        tokens=tokens.astype(np.int32),
-        targets=np.append(tokens[1:], tokenizer.pad_token_id).astype(np.int32),
-        weights=np.append(trained[1:], 0.0).astype(np.float32),
-        kinds=kinds,
-        positions=np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], 3, axis=1),
-        blocks=None,
-        slot=slot.astype(np.int32),
-        items=items,
-    )
-
-
-def _item(blob: Blob, towers: Mapping[str, Any]) -> Item:
-    if blob.kind not in towers:
-        takes = ", ".join(towers) or "text only"
-        raise ConfigError(f"the data has {blob.kind}s and the model takes {takes}; choose another source")
-    tower = towers[blob.kind]
-    height, width = image_size(read_blob(blob, _HEADER))
-    grid = tower.view.grid(height, width, tower.patch)
-    return Item(modality=blob.kind, blob=blob, grid=grid, num_tokens=prod(tower.num_tokens(grid)))
-
-
-def _fit(sequence: Sequence, max_len: int | None, overlong: str) -> Sequence:
+def _fit(sequence: Sequence, end: int, max_len: int | None, overlong: str) -> Sequence:
+    """The sequence, cut behind the media, which end at `end`, if it is too long and may be."""
     if max_len is None or len(sequence) <= max_len:
         return sequence
-    media = np.flatnonzero(sequence.kinds > 0)
     if overlong != "truncate":
-        detail = f"{len(sequence)} positions, {len(media)} of them media, for a row of {max_len}"
-        raise BadExample("", "overlong", detail)
-    if len(media) and media[-1] >= max_len:
+        media = int(np.count_nonzero(sequence.kinds))
+        raise BadExample("", "overlong", f"{len(sequence)} positions, {media} of them media, for a row of {max_len}")
+    if end > max_len:
         detail = f"{len(sequence)} positions for a row of {max_len}, and cutting there would cut a medium"
         raise BadExample("", "overlong", detail)
-    arrays = {f: getattr(sequence, f)[:max_len] for f in ("tokens", "targets", "weights", "kinds", "positions", "slot")}
-    return replace(sequence, **arrays)
+    names = ("tokens", "targets", "weights", "kinds", "positions", "blocks", "taps", "mix")
+    arrays = {name: None if (x := getattr(sequence, name)) is None else x[:max_len] for name in names}
+    return replace(sequence, **arrays, slots={name: slot[:max_len] for name, slot in sequence.slots.items()})
 
 
 def _check(turns: Iterable[Turn]) -> None:

@@ -12,36 +12,55 @@ encoder normalizes on the device.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from mllm_jax.config import ConfigError, config, nearest
-from mllm_jax.data.images import MAX_PIXELS, load_image
+from mllm_jax.data.images import MAX_PIXELS, image_size, load_image
+from mllm_jax.data.record import read_blob
+from mllm_jax.types import Blob, Cut
 
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS,
+}  # fmt: skip
+HEADER = 1 << 18                        # bytes of a file in which its header is looked for
 Change = Callable[[np.ndarray], np.ndarray]
 
 
 class View:
-    """What the fixed-size views share; a subclass has `size` and says how an image is brought to it."""
+    """How encoded media become patches; what the views of one size, `size` pixels, share.
+
+    `look` plans from the header what a call will give from the bytes: `tiles` times the patches of `grid`.  With
+    `packed` each medium has a grid of its own (Media, "Packed layout").
+    """
 
     size: int
     resample: str
+    packed = False
 
     def __post_init__(self):
         if self.resample not in RESAMPLE:
             close = nearest(self.resample, RESAMPLE)
             raise ConfigError(f"resample={self.resample!r} is not a filter; nearest: {close}")
 
-    def grid(self, height: int, width: int, patch: int) -> tuple[int, int, int]:
-        """(1, rows, columns) of patches that an image of this size is cut into; here the same for all."""
-        return 1, self.size // patch, self.size // patch
+    def look(self, blob: Blob, patch: int) -> Cut:
+        """The plan of an encoded image, from its header; raises BadExample as `image_size`."""
+        return self.plan(*image_size(read_blob(blob, HEADER)), patch)
+
+    def plan(self, height: int, width: int, patch: int) -> Cut:
+        """How an image of this size will be cut; here all are the same."""
+        return Cut(size=(height, width), grid=(1, self.size // patch, self.size // patch))
+
+    def room(self, patch: int) -> int:
+        """The most that one medium takes of a row: tiles, or patches where the layout is packed."""
+        return 1
 
     def __call__(
         self, data: bytes, patch: int, *, exact: bool, change: Change | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(values u8[p patch*patch*3], coords i32[p 3]) of an encoded image; see `cut` for the order."""
+        """(values u8[n patch*patch*3], coords i32[n 3]) of an encoded image, tile after tile; see `cut` for the order."""
         return cut(self.pixels(data, exact=exact, change=change), patch)
 
     def pixels(self, data: bytes, *, exact: bool, change: Change | None = None) -> np.ndarray:
@@ -75,8 +94,8 @@ class Square(View):
     crop: bool = False                  # True: shortest edge to `size`, then the centre; False: squashed
     resample: str = "bicubic"           # or "bilinear"
 
-    def tiny(self) -> "Square":
-        return Square(size=32, crop=self.crop, resample=self.resample)
+    def tiny(self, size: int) -> "Square":
+        return replace(self, size=size)
 
     def scaled(self, height: float, width: float) -> tuple[int, int]:
         if not self.crop:
@@ -98,7 +117,7 @@ class Square(View):
         left, top = (wide - self.size) // 2, (tall - self.size) // 2
         x, y = width / wide, height / tall
         box = left * x, top * y, (left + self.size) * x, (top + self.size) * y
-        return np.asarray(_shrink(image, self.size, self.size, box, self.resample))
+        return np.asarray(shrink(image, self.size, self.size, box, self.resample))
 
 
 @config
@@ -107,8 +126,8 @@ class Pad(View):
     fill: tuple[int, int, int] = (122, 116, 104)    # CLIP's mean colour, int(mean * 255)
     resample: str = "bicubic"
 
-    def tiny(self) -> "Pad":
-        return Pad(size=32, fill=self.fill, resample=self.resample)
+    def tiny(self, size: int) -> "Pad":
+        return replace(self, size=size)
 
     def scaled(self, height: float, width: float) -> tuple[int, int]:
         long = max(height, width)
@@ -131,7 +150,7 @@ class Pad(View):
         x, y = (side - width) / 2, (side - height) / 2
         box = left / scale - x, top / scale - y, right / scale - x, bottom / scale - y
         canvas = Image.new("RGB", (self.size, self.size), self.fill)
-        canvas.paste(_shrink(image, bottom - top, right - left, box, self.resample), (left, top))
+        canvas.paste(shrink(image, bottom - top, right - left, box, self.resample), (left, top))
         return np.asarray(canvas)
 
 
@@ -141,7 +160,7 @@ def _whole(begin: float, end: float) -> tuple[int, int]:
     return (first, last) if (last := math.floor(end + 1e-6)) > first else (math.floor(begin), math.floor(begin) + 1)
 
 
-def _shrink(image: Image.Image, height: int, width: int, box: tuple[float, ...], resample: str) -> Image.Image:
+def shrink(image: Image.Image, height: int, width: int, box: tuple[float, ...], resample: str) -> Image.Image:
     """The part `box` of an image as height x width; enlarged by the named filter, shrunk by one at half its cost.
 
     Hamming's filter is antialiased like the exact ones, and on average one level of 255 away from bicubic.
@@ -153,23 +172,30 @@ def _shrink(image: Image.Image, height: int, width: int, box: tuple[float, ...],
 
 
 def cut(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values u8[p patch*patch*3], coords i32[p 3]) of u8[h w 3]: patches row by row, values as (row, column, channel).
+    """(values u8[n patch*patch*3], coords i32[n 3]) of u8[h w 3] or tiles u8[tile h w 3], tile after tile.
 
-    What does not fill a patch at the bottom and at the right is left out, as a convolution without padding
-    does: SigLIP so400m cuts 384 pixels into 27 patches of 14.  Raises ConfigError if not even one patch fits.
+    Patches are counted row by row inside their tile, values as (row, column, channel).  What does not fill a patch at
+    the bottom and at the right is left out, as a convolution without padding does: SigLIP so400m cuts 384 pixels into
+    27 patches of 14.  Raises ConfigError if not even one patch fits.
     """
-    rows, columns = image.shape[0] // patch, image.shape[1] // patch
+    height, width = image.shape[-3:-1]
+    rows, columns = height // patch, width // patch
     if not rows or not columns:
-        raise ConfigError(f"a view of {image.shape[0]}x{image.shape[1]} pixels holds no patch of {patch}x{patch}")
-    values = image[: rows * patch, : columns * patch].reshape(rows, patch, columns, patch, 3)
-    values = values.transpose(0, 2, 1, 3, 4).reshape(rows * columns, patch * patch * 3)
+        raise ConfigError(f"a view of {height}x{width} pixels holds no patch of {patch}x{patch}")
+    values = image[..., : rows * patch, : columns * patch, :].reshape(-1, rows, patch, columns, patch, 3)
+    tiles = len(values)
+    values = values.transpose(0, 1, 3, 2, 4, 5).reshape(tiles * rows * columns, patch * patch * 3)
     coords = np.zeros((rows * columns, 3), np.int32)
     coords[:, 1], coords[:, 2] = np.divmod(np.arange(rows * columns, dtype=np.int32), columns)
-    return values, coords
+    return values, np.tile(coords, (tiles, 1))
 
 
 def join(values: np.ndarray, coords: np.ndarray, patch: int) -> np.ndarray:
-    """u8[rows*patch columns*patch 3]: the image that `cut` made into patches, for previews."""
+    """u8[rows*patch columns*patch 3]: the image whose patches u8[p u] are these, in any order, for previews.
+
+    Of patches that span several moments the first one is shown.
+    """
     rows, columns = coords[:, 1].max() + 1, coords[:, 2].max() + 1
-    image = values.reshape(rows, columns, patch, patch, 3).transpose(0, 2, 1, 3, 4)
+    image = np.zeros((rows, patch, columns, patch, 3), values.dtype)
+    image[coords[:, 1], :, coords[:, 2]] = values[:, : patch * patch * 3].reshape(-1, patch, patch, 3)
     return image.reshape(rows * patch, columns * patch, 3)

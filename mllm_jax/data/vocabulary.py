@@ -7,7 +7,7 @@ from typing import Any
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.templates import TOKENS
-from mllm_jax.data.tokenizer import load_tokenizer
+from mllm_jax.data.tokenizer import PLACEHOLDERS, load_tokenizer
 
 TEXTS = 4_000                           # examples of each source whose text a "bpe:SIZE" tokenizer is trained on
 
@@ -19,8 +19,11 @@ def recipe_tokenizer(recipe: Any, root: Path | None = None) -> Any:
       ConfigError: the tokenizer or a source cannot be loaded.
     """
     stages = recipe.stages.values()
-    media = sorted({modality for stage in stages for modality in (stage.model or recipe.model).inputs})
-    tokens = sorted({token for stage in stages for token in TOKENS.get(stage.data.template, ())})
+    towers = {name: tower for stage in stages for name, tower in (stage.model or recipe.model).inputs.items()}
+    media = sorted({*towers, *(kind for tower in towers.values() for kind in tower.also)} & set(PLACEHOLDERS))
+    tokens = {token for stage in stages for token in TOKENS.get(stage.data.template, ())}
+    layouts = [way.layout for tower in towers.values() for way in tower.kinds.values() if way.layout is not None]
+    tokens = sorted(tokens.union(*(layout.specials for layout in layouts)))
     names = dict.fromkeys(name for stage in stages for name in stage.data.sources)
     return load_tokenizer(recipe.tokenizer, texts(names, root), media=media, tokens=tokens)
 

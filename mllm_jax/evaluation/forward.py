@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mllm_jax.config import ConfigError
 from mllm_jax.data.batch import collate, decode_items
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.pack import one_row, row_spec
+from mllm_jax.data.pack import one_row, rooms, row_spec
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode
 from mllm_jax.generate import batch_rows, bucket, host_rows, place
@@ -125,8 +125,8 @@ class Scorer(Forward):
 
     def shape(self, example: Example) -> tuple[int, ...]:
         tokens = self.encode(example)
-        counts = [sum(item.modality == m for item in tokens.items) for m in self.towers]
-        return bucket(len(tokens)), *(n and bucket(n, 1) for n in counts)
+        counts = rooms(tokens)
+        return bucket(len(tokens)), *((n := counts.get(m, 0)) and bucket(n, 1) for m in self.towers)
 
     def nll(self, examples: Sequence[Example], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """(sum of weight times nll f32[b], sum of weights f32[b]) of this process's rows."""

@@ -62,10 +62,10 @@ class MLLM(nnx.Module):
             if self.cfg.inputs[modality].route == "memory":
                 enter = replace(enter, memory=beside(features, media))
                 continue
-            enter = replace(enter, x=splice(enter.x, features, media.slot))
+            enter = replace(enter, x=splice(enter.x, features, media))
             if features.deep is not None:
                 nothing = jnp.zeros_like(enter.x)
-                levels = [splice(nothing, replace(features, tokens=level), media.slot) for level in features.deep]
+                levels = [splice(nothing, replace(features, tokens=level), media) for level in features.deep]
                 deep = jnp.stack(levels)
                 enter = replace(enter, deep=deep if enter.deep is None else enter.deep + deep)
         return enter
@@ -84,10 +84,14 @@ def beside(features: Features, media: Media) -> Memory:
     return Memory(tokens=features.tokens, owner=jnp.where(features.mask, owner, -1), slot=media.slot)
 
 
-def splice(x: jax.Array, features: Features, slot: jax.Array) -> jax.Array:
-    """Puts media token `slot[b, s]` at position s of row b; text stays where the slot is -1.
+def splice(x: jax.Array, features: Features, media: Media) -> jax.Array:
+    """Puts media token `slot[b, s]`, or the mean of its taps, at position s of row b; text stays where the slot is -1.
 
-    f[b s d], f[b m d], i32[b s] -> f[b s d].
+    f[b s d], f[b m d] -> f[b s d].
     """
-    here = jnp.take_along_axis(features.tokens, jnp.maximum(slot, 0)[..., None], axis=1)
-    return jnp.where(slot[..., None] >= 0, here.astype(x.dtype), x)
+    token = lambda slot: jnp.take_along_axis(features.tokens, jnp.maximum(slot, 0)[..., None], axis=1)
+    if media.taps is None:
+        here = token(media.slot)
+    else:
+        here = sum(media.mix[..., k, None] * token(media.taps[..., k]) for k in range(media.taps.shape[-1]))
+    return jnp.where(media.slot[..., None] >= 0, here.astype(x.dtype), x)

@@ -142,7 +142,7 @@ def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
     for modality, tower in cfg.inputs.items():
         items, encoder, path = counts.items.get(modality, 0), tower.encoder, f"inputs/{modality}"
         yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
-        tokens = items * prod(encoder.num_tokens((1, encoder.grid, encoder.grid)))
+        tokens = items * prod(encoder.num_tokens(tower.nominal.grid))
         below = trains(f"{path}/encoder")
         yield from PARTS[type(tower.connector)](
             tower.connector, f"{path}/connector", encoder.width, cfg.decoder.width, tokens, below, trains)

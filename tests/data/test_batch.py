@@ -47,7 +47,7 @@ def test_prompts_end_together_and_padding_is_at_the_left():
         n = len(alone)
         np.testing.assert_array_equal(batch.tokens[b, -n:], alone.tokens)
         np.testing.assert_array_equal(batch.positions[b, -n:], alone.positions)
-        np.testing.assert_array_equal(batch.media["image"].slot[b, -n:], alone.slot)
+        np.testing.assert_array_equal(batch.media["image"].slot[b, -n:], alone.slots.get("image", np.full(n, -1)))
         assert (batch.segments[b, -n:] == 1).all() and not batch.segments[b, :-n].any()
         assert (batch.media["image"].slot[b, :-n] == -1).all()
     assert not batch.segments[3].any() and not batch.media["image"].mask[3].any()

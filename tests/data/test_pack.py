@@ -9,12 +9,13 @@ import pytest
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.pack import Entry, MediaSpec, Packer, RowSpec, blank, one_row, pack, row_spec
-from mllm_jax.types import Blob, Item, Sequence
+from mllm_jax.types import Blob, Cut, Item, Sequence
 
 T = 3                                   # tokens of an image
 SPEC = RowSpec(
     seq_len=32, pad=0, media={"image": MediaSpec(items=3, grid=(1, 1, T), num_tokens=T, width=12, route="splice")}
 )  # fmt: skip
+ITEM = Item(modality="image", blob=Blob(kind="image", data=b""), cut=Cut(size=(8, 8), grid=(1, 1, T)), room=1, num_tokens=T)
 
 
 def sequence(id: str, length: int, images: int, rng) -> Sequence:
@@ -24,12 +25,12 @@ def sequence(id: str, length: int, images: int, rng) -> Sequence:
     for start in starts:
         kinds[start : start + T] = 1
     slot = np.where(kinds > 0, np.cumsum(kinds) - 1, -1).astype(np.int32)
-    item = lambda n: Item(modality="image", blob=Blob(kind="image", data=f"{id}/{n}".encode()), grid=(1, 1, T), num_tokens=T)
+    item = lambda n: replace(ITEM, blob=Blob(kind="image", data=f"{id}/{n}".encode()))
     return Sequence(
         id=id, source="x", tokens=rng.integers(1, 99, length, dtype=np.int32),
         targets=rng.integers(1, 99, length, dtype=np.int32), weights=rng.random(length, dtype=np.float32),
         kinds=kinds, positions=np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1), blocks=None,
-        slot=slot, items=tuple(item(n) for n in range(images)),
+        slots={"image": slot} if images else {}, items=tuple(item(n) for n in range(images)),
     )  # fmt: skip
 
 
@@ -133,8 +134,7 @@ def test_unpacked_rows_hold_one_sequence_in_order():
 def test_memory_slots_name_the_item_of_the_row():
     spec = replace(SPEC, media={"image": replace(SPEC.media["image"], route="memory")})
     one = sequence("a", 6, 0, np.random.default_rng(0))
-    item = Item(modality="image", blob=Blob(kind="image", data=b""), grid=(1, 1, T), num_tokens=T)
-    with_image = replace(one, slot=np.array([-1, 0, 0, 0, 0, 0], np.int32), items=(item,))
+    with_image = replace(one, slots={"image": np.array([-1, 0, 0, 0, 0, 0], np.int32)}, items=(ITEM,))
     (row,) = pack([with_image, one, with_image], spec)
     assert row.slots["image"][:18].tolist() == [-1, 0, 0, 0, 0, 0] + [-1] * 6 + [-1, 1, 1, 1, 1, 1]
 
@@ -152,7 +152,7 @@ def test_a_blank_segment_becomes_padding_and_the_others_stay():
 def test_blocks_of_one_sequence_leave_the_others_causal():
     one = sequence("a", 5, 0, np.random.default_rng(0))
     prefix = replace(one, blocks=np.array([0, 0, 0, 3, 4], np.int32))
-    (row,) = pack([one, prefix], SPEC)
+    (row,) = pack([one, prefix], replace(SPEC, blocks=True))
     # Blocks are compared inside a segment only, so any increasing numbers mean causal.
     assert row.blocks[:10].tolist() == [0, 1, 2, 3, 4, 0, 0, 0, 3, 4]
 

@@ -53,18 +53,18 @@ def test_an_image_becomes_its_tokens_and_targets_are_shifted():
     s = go(example("a", "<image>", "b?"))
     assert text(s.tokens) == "<s>a" + "<image>" * 4 + "b?\nyes</s>"
     assert s.targets.tolist() == [*s.tokens[1:].tolist(), PAD]
-    assert s.slot.tolist() == [-1, -1, 0, 1, 2, 3] + [-1] * 7
+    assert s.slots["image"].tolist() == [-1, -1, 0, 1, 2, 3] + [-1] * 7
     assert s.kinds.tolist() == [0, 0, 1, 1, 1, 1] + [0] * 7
     # A weight belongs to the token that is predicted: "y" is predicted from the new line.
     assert text(s.targets[s.weights > 0]) == "yes</s>"
     assert s.positions.tolist() == [[i, i, i] for i in range(len(s))]
     assert s.blocks is None
-    assert [(i.modality, i.grid, i.num_tokens) for i in s.items] == [("image", (1, 2, 2), 4)]
+    assert [(i.modality, i.cut.grid, i.room, i.num_tokens) for i in s.items] == [("image", (1, 2, 2), 1, 4)]
 
 
 def test_two_images_share_one_count_of_slots():
     s = go(example("<image>", "and", "<image>"))
-    assert s.slot[s.slot >= 0].tolist() == list(range(8))
+    assert s.slots["image"][s.slots["image"] >= 0].tolist() == list(range(8))
     assert len(s.items) == 2
 
 
@@ -88,7 +88,7 @@ def test_a_placeholder_that_a_user_typed_is_not_an_image():
 def test_memory_keeps_one_position_and_later_text_names_its_item():
     s = go(example("a", "<image>", "b", "<image>", "c"), towers={"image": replace(TOWER, route="memory")})
     assert text(s.tokens) == "<s>a<image>b<image>c\nyes</s>"
-    assert s.slot.tolist() == [-1, -1, 0, 0, 1, 1, 1, 1, 1, 1, 1]
+    assert s.slots["image"].tolist() == [-1, -1, 0, 0, 1, 1, 1, 1, 1, 1, 1]
     assert not s.kinds.any()
 
 
@@ -96,7 +96,7 @@ def test_a_pair_is_a_caption_and_an_image_without_positions():
     pair = Example(id="p", media=(Blob(kind="image", data=png()),), captions=("one", "two"))
     s = go(pair, "clip", {"image": POOL}, max_len=8)
     assert text(s.tokens) == "<s>one</s>"
-    assert (s.slot == -1).all() and len(s.items) == 1
+    assert (s.slots["image"] == -1).all() and len(s.items) == 1
     chosen = {text(go(pair, "clip", {"image": POOL}, max_len=8, rng=np.random.default_rng(i)).tokens) for i in range(9)}
     assert chosen == {"<s>one</s>", "<s>two</s>"}
     assert len(go(pair, "siglip", {"image": POOL}, max_len=8)) == 8

@@ -92,7 +92,7 @@ def test_patches_join_to_the_image_in_row_major_order():
 def test_a_remainder_is_left_out_at_the_bottom_and_right():
     view = Square(size=384)
     data = picture(64, 64)
-    assert view.grid(64, 64, 14) == (1, 27, 27)
+    assert view.plan(64, 64, 14).grid == (1, 27, 27)
     values, coords = view(data, 14, exact=True)
     np.testing.assert_array_equal(join(values, coords, 14), view.pixels(data, exact=True)[:378, :378])
 
@@ -100,8 +100,8 @@ def test_a_remainder_is_left_out_at_the_bottom_and_right():
 def test_the_grid_is_that_of_the_patches():
     for view in (Square(size=30), Square(size=30, crop=True), Pad(size=30)):
         values, coords = view(picture(31, 97), 7, exact=False)
-        assert np.prod(view.grid(31, 97, 7)) == len(values) == len(coords)
-        assert tuple(coords.max(0) + 1) == view.grid(31, 97, 7)
+        assert np.prod(view.plan(31, 97, 7).grid) == len(values) == len(coords)
+        assert tuple(coords.max(0) + 1) == view.plan(31, 97, 7).grid
 
 
 def test_change_is_applied_before_the_view():
@@ -132,4 +132,4 @@ def test_unknown_filters_and_patches_that_do_not_fit_are_refused():
         override(Square(size=32), "resample=bicubi")
     with pytest.raises(ConfigError, match="holds no patch of 64x64"):
         cut(np.zeros((32, 32, 3), np.uint8), 64)
-    assert Square(size=336, crop=True).tiny() == Square(size=32, crop=True)
+    assert Square(size=336, crop=True).tiny(32) == Square(size=32, crop=True)
