@@ -80,6 +80,11 @@ CLIP_B16_224 = ViTConfig(width=768, depth=12, heads=12, mlp=3072, patch=16, grid
 CLIP_L14_224 = ViTConfig(width=1024, depth=24, heads=16, mlp=4096, patch=14, grid=16)
 CLIP_L14_336 = replace(CLIP_L14_224, grid=24)
 OPENCLIP_H14_224 = ViTConfig(width=1280, depth=32, heads=16, mlp=5120, patch=14, grid=16, activation="gelu")
+# As Qwen-VL reads it: without class token and last norm, its table of 16x16 positions stretched over 32x32 patches.
+OPENCLIP_BIGG_14_448 = ViTConfig(
+    width=1664, depth=48, heads=16, mlp=8192, patch=14, grid=32, table=16, class_token=False, pool="none", activation="gelu",
+    norm=LayerNorm(eps=1e-6),
+)
 SIGLIP_B16_224 = ViTConfig(
     width=768, depth=12, heads=12, mlp=3072, patch=16, grid=14, mean=HALF, std=HALF, class_token=False, patch_bias=True,
     pre_norm=False, final_norm=True, pool="map", activation="gelu_tanh", norm=LayerNorm(eps=1e-6),

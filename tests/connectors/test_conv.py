@@ -62,6 +62,16 @@ def test_ldpv2_is_that_of_mobilevlm_v2():
     check_official(LDPv2Config(grid=5, to=3), read("mobilevlm_ldpv2"), lambda g: mlp(g) | depthwise(g, "peg.peg.0", "position"))
 
 
+@pytest.mark.parametrize(("cfg", "d_out", "size"), [
+    (CAbstractorConfig(grid=16, to=12), 4096, 37_070_336), (LDPConfig(grid=24), 2048, 18_936_832),
+    (LDPv2Config(grid=24, to=12), 2048, 6_316_032), (LDPv2Config(grid=24, to=12), 2560, 9_205_760),
+])
+def test_published_sizes(cfg, d_out, size):
+    """Those of the official modules at full width, behind ViT-L."""
+    shapes = jax.eval_shape(lambda: cfg.build(1024, d_out, rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == size
+
+
 def test_a_depthwise_convolution_by_hand():
     """Channel 0 sums the 3x3 around a pixel, channel 1 takes its right neighbour; outside are zeros."""
     graph, _ = split(Depthwise(2, stride=2, rngs=nnx.Rngs(0)))

@@ -41,6 +41,11 @@ def test_d_abstractor_is_that_of_honeybee():
     check_official(cfg, official.read("honeybee_d_abstractor"), theirs)
 
 
+def test_it_has_the_size_of_the_official_module():
+    shapes = jax.eval_shape(lambda: DAbstractorConfig(grid=16, to=12).build(1024, 4096, rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 55_616_352
+
+
 def test_looking_by_hand():
     """One head with one point and the identity for values, on 2x2 patches of 1 2 / 3 4."""
     cfg = DAbstractorConfig(grid=2, to=1, width=1, heads=1, points=1)

@@ -1,4 +1,4 @@
-"""open_flamingo_perceiver.npz, qwen_vl_resampler.npz: the resamplers of OpenFlamingo and Qwen-VL, tiny.
+"""open_flamingo_perceiver.npz, qwen_vl_resampler.npz, qwen_vl_visual.npz: OpenFlamingo's resampler, Qwen-VL's and its ViT, tiny.
 
     git clone https://github.com/mlfoundations/open_flamingo && git -C open_flamingo checkout 655f693fbfa04cd6e9a987d960654624d48917cf
     git clone https://github.com/yfzhang114/LLaVA-Align && git -C LLaVA-Align checkout dfbecfa7ac72c12dc6faf8ad7113a1b9a174101a
@@ -43,7 +43,7 @@ def main(flamingo: Path, qwen: Path) -> None:
     visual = load(qwen, "experiments.Qwen_VL.visual")
     # A table for 3x3 queries is stretched over 5x5 patches.
     tower = visual.VisionTransformer(
-        image_size=70, patch_size=14, width=12, layers=1, heads=2, mlp_ratio=2.0, n_queries=9, output_dim=128)
+        image_size=10, patch_size=2, width=12, layers=2, heads=2, mlp_ratio=2.0, n_queries=9, output_dim=128)
     tower.attn_pool = visual.Resampler(grid_size=3, embed_dim=24, num_heads=2, kv_dim=12, norm_layer=tower.ln_post.__class__)
     for norm in (tower.attn_pool.ln_q, tower.attn_pool.ln_kv):
         norm.eps = 1e-6
@@ -53,6 +53,11 @@ def main(flamingo: Path, qwen: Path) -> None:
     with torch.no_grad():
         module.attn_pool.pos_embed.copy_(table)             # not learned
     record("qwen_vl_resampler", module, rng.normal(size=(2, 25, 12)))
+    # The whole of it, from pixels; the ViT's own table of 16x16 positions becomes one of 5x5.
+    randomize(tower)
+    with torch.no_grad():
+        tower.attn_pool.pos_embed.copy_(table)
+    record("qwen_vl_visual", tower, rng.normal(size=(2, 3, 10, 10)))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def run(module: Any, x: np.ndarray, call: Any = None) -> Group:
     import torch
 
     x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
-    module.eval()
+    module.eval().zero_grad()
     # Some modules add to their input in place.
     y = (call or module)(x * 1.0)
     pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
