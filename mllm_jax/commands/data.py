@@ -4,7 +4,6 @@
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ examples:
   mllm-jax data preview first/digits --stage instruct
   mllm-jax data preview projector/llava_15 --tiny --out batch.html
   mllm-jax data stats projector/llava_15 --stage instruct --data-root /data
-  mllm-jax data convert "llava:chat.json?images=images" --out chat.array_record
+  mllm-jax data convert "llava:chat.json?images=images" --out chat.array_record --shards 8
 """
 
 
@@ -33,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_stage(stats)
     stats.add_argument("--limit", type=int, default=1000, metavar="N", help="examples of each source (default: 1000)")
 
-    convert = actions.add_parser("convert", help="write a source as one ArrayRecord file with its media inside")
+    convert = actions.add_parser("convert", help="write a source as ArrayRecord files with its media inside")
     convert.add_argument("source", metavar="SOURCE", help="a data set's name, or format:path?key=value")
     convert.add_argument("--out", type=Path, required=True, help="the file to write, NAME.array_record")
+    convert.add_argument("--shards", type=int, default=1, metavar="N", help="files to spread the records over (default: 1)")
     convert.add_argument("--limit", type=int, metavar="N", help="the first records only")
     convert.add_argument("--skip-bad", action="store_true", help="leave bad records out, counted, instead of stopping")
     common.add_data_root(convert)
@@ -84,29 +84,17 @@ def run_stats(args: argparse.Namespace) -> int:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from mllm_jax.data.record import write_array_record
+    from mllm_jax.data.manifest import convert, manifest_of
     from mllm_jax.data.sources import open_source
 
     source = open_source(args.source, args.data_root)
-    bad: dict[str, int] = {}
-    count = write_array_record(args.out, _examples(source, args.limit, bad if args.skip_bad else None))
-    print(f"{args.out}: {count} records; read it as array_record:{args.out}")
-    for reason, number in bad.items():
+    manifest = convert(source, args.source, args.out, shards=args.shards, limit=args.limit, skip_bad=args.skip_bad)
+    files = args.out if args.shards == 1 else args.out.with_name(f"{args.out.stem}-*{args.out.suffix}")
+    print(f"{args.out}: {manifest['records']} records; read it as array_record:{files}")
+    for reason, number in manifest["left_out"].items():
         print(f"left out: {number} x {reason}")
+    print(f"what the files must be: {manifest_of(args.out)}")
     return 0
-
-
-def _examples(source: Any, limit: int | None, bad: dict[str, int] | None) -> Iterator[Any]:
-    from mllm_jax.data.errors import BadExample
-    from mllm_jax.data.record import embed
-
-    for i in range(min(len(source), limit or len(source))):
-        try:
-            yield embed(source[i])
-        except BadExample as error:
-            if bad is None:
-                raise error.of(str(i)) from error
-            bad[error.reason] = bad.get(error.reason, 0) + 1
 
 
 def _add_stage(parser: argparse.ArgumentParser) -> None:

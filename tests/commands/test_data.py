@@ -1,5 +1,7 @@
 """`mllm-jax data` from its command line."""
 
+import json
+
 import pytest
 
 from mllm_jax.cli import main
@@ -44,6 +46,7 @@ def test_convert_leaves_bad_records_out_only_if_told(tmp_path, capsys):
     assert "missing_file" in capsys.readouterr().err
     assert main([*command, "--skip-bad"]) == 0
     assert "1 records" in (out := capsys.readouterr().out) and "left out: 1 x missing_file" in out
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["left_out"] == {"missing_file": 1}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,9 @@ def test_convert_leaves_bad_records_out_only_if_told(tmp_path, capsys):
     [
         (["preview", "projector/llava_15", "--stage", "instrct"], "no stage 'instrct'; nearest: instruct"),
         (["stats", "projector/lava"], "no recipe is called 'projector/lava'; nearest: projector/llava"),
-        (["convert", "shpes", "--out", "x"], "'shpes'"),
+        (["convert", "shpes", "--out", "x.array_record"], "'shpes'"),
+        (["convert", "shapes", "--out", "x"], "--out is x; write NAME.array_record"),
+        (["convert", "shapes", "--out", "x.array_record", "--limit", "2", "--shards", "3"], "2 records cannot be written as 3 shards"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):

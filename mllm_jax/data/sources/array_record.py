@@ -5,6 +5,7 @@ from pathlib import Path
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from mllm_jax.config import ConfigError
+from mllm_jax.data.manifest import verify
 from mllm_jax.data.record import unpack_example
 from mllm_jax.data.sources.files import files
 from mllm_jax.types import Example
@@ -15,6 +16,7 @@ class ArrayRecord:
 
     def __init__(self, path: Path, *, name: str):
         found = files(path, ".array_record")
+        verify(found, whole=not path.is_file())
         try:
             self.records = ArrayRecordDataSource([str(file) for file in found])
         except (ValueError, RuntimeError) as error:
