@@ -5,6 +5,7 @@
 """
 
 from mllm_jax.objectives.contrastive import InfoNCE, Sigmoid
+from mllm_jax.objectives.nested import EveryScale
 from mllm_jax.objectives.tokens import NextToken
 
-__all__ = ["InfoNCE", "NextToken", "Sigmoid"]
+__all__ = ["EveryScale", "InfoNCE", "NextToken", "Sigmoid"]
