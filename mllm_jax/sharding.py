@@ -22,10 +22,10 @@ from mllm_jax.config import ConfigError, config
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 FSDP_TENSOR: Rules = {
     "batch": BATCH_AXES,
-    "embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor",
+    "embed": ("fsdp", "expert"), "expert": "expert", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor",
 }
 
 
@@ -74,6 +74,10 @@ def use(layout: Layout, mesh: Mesh | None = None) -> Iterator[None]:
 
 def current() -> Layout:
     return _active.get()[0]
+
+
+def current_mesh() -> Mesh | None:
+    return _active.get()[1]
 
 
 def compute_dtype() -> jnp.dtype:
