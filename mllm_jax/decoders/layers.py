@@ -25,7 +25,7 @@ from mllm_jax.types import Mean, struct
 class Memory:
     """Media tokens beside the rows, which some layers read; a position sees those of one item."""
 
-    tokens: jax.Array                   # f[b m d]
+    tokens: jax.Array | None            # f[b m d]; None: layers kept the keys and values of them
     owner: jax.Array                    # i32[b m]   the item of a token; -1 where there is none
     slot: jax.Array                     # i32[b s]   the item that a position sees; -1 for none
 
@@ -71,7 +71,11 @@ class DecoderLayer(Block):
     def __call__(
         self, x: jax.Array, scene: Scene, rotation: Rotation | None = None, cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None, dict[str, Mean]]:
-        """f[b s d] -> f[b s d]; of a row without media nothing is read."""
-        if self.reads is not None and scene.memory is not None:
-            x = self.reads(x, scene.memory.tokens, scene.memory.visibility())
+        """f[b s d] -> f[b s d]; the cache keeps the keys and values of what the layer reads."""
+        if self.reads is not None:
+            memory, keys = scene.memory, cache and cache.memory
+            if memory is not None and memory.tokens is not None:
+                keys = self.reads.keys(memory.tokens)
+                cache = cache and replace(cache, memory=keys)
+            x = self.reads(x, keys, memory and memory.visibility())
         return super().__call__(x, scene.sees, window=self.window, rotation=rotation, cache=cache, mask=scene.mask)

@@ -31,6 +31,7 @@ class DecoderConfig(BlockConfig):
     causal: bool = True                 # False: a position sees all of its segment (text tower of SigLIP)
     head: str = "own"                   # what makes logits: its "own" matrix, the "tied" embedding, or "none"
     embed_scale: float = 1.0            # factor on the embeddings (Gemma: the root of the width)
+    added: int = 0                      # so many tokens, the last ones, came later: their rows are parameters of their own
     cycle: tuple[Any, ...] = (Layer(),)     # layer i is of the kind i modulo so many: decoders/layers.py
 
     def build(self, *, rngs: nnx.Rngs) -> "Decoder":
@@ -79,31 +80,36 @@ SIGLIP_TEXT_SO400M = replace(SIGLIP_TEXT_B, width=1152, depth=27, heads=16, mlp=
 
 @struct
 class Cache:
-    """What a decoder remembers of a row: keys and values of all layers, who may see them, and media beside the row."""
+    """What a decoder remembers of a row: keys and values of all layers, who may see them, and of media beside the row."""
 
     k: jax.Array                        # f[l b t g k]
     v: jax.Array                        # f[l b t g k]
     segments: jax.Array                 # i32[b t], 0 where nothing is written yet
     order: jax.Array                    # i32[b t]
     index: jax.Array                    # i32[]: where the next token goes
-    memory: Memory | None = None        # what the last position saw, the next ones see
+    memory: Memory | None = None        # what the last position saw, the next ones see; without its tokens
+    keys: tuple = ()                    # of the memory, for each place of the cycle: Keys f[n b m g k] of its layers, or None
 
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.embedding = Embedding(cfg.vocab, cfg.width, rngs=rngs)
+        old = cfg.vocab - cfg.added
+        self.embedding = Embedding(old, cfg.width, added=cfg.added, rngs=rngs)
         self.position = param(rngs, (cfg.positions, cfg.width), "position embed", normal(0.01)) if cfg.rope is None else None
         self.blocks = stack.make([lambda r, layer=layer: layer.build(cfg, rngs=r) for layer in cfg.cycle], cfg.depth, rngs=rngs)
         self.norm = cfg.norm.build(cfg.width, rngs=rngs)
-        self.head = param(rngs, (cfg.width, cfg.vocab), "embed vocab", normal(0.02)) if cfg.head == "own" else None
+        self.head = param(rngs, (cfg.width, old), "embed vocab", normal(0.02)) if cfg.head == "own" else None
+        self.head_added = param(rngs, (cfg.width, cfg.added), "embed vocab", normal(0.02)) if cfg.head == "own" and cfg.added else None
 
     @property
     def unembed(self) -> jax.Array | None:
         """f32[d v]: hidden @ unembed are the logits."""
         if self.cfg.head == "none":
             return None
-        matrix = self.embedding.table[...].T if self.head is None else self.head[...]
+        tied = self.head is None
+        tables = (self.embedding.table, self.embedding.added) if tied else (self.head, self.head_added)
+        matrix = jnp.concatenate([x[...].T if tied else x[...] for x in tables if x is not None], axis=1)
         # Gathered here, once, and not in every chunk of the loss.
         return constrain(matrix, "embed_act vocab")
 
@@ -120,6 +126,7 @@ class Decoder(nnx.Module):
         """
         if self.position is not None:
             x = x + lookup(self.position[...], batch.positions[..., 0], "position").astype(x.dtype)
+        new = memory is not None
         if cache is not None:
             memory = cache.memory if memory is None else memory
         scene, rotations = self.scene(batch, memory), self.rotations(batch.positions)
@@ -129,19 +136,22 @@ class Decoder(nnx.Module):
 
         def step(carry: tuple, layer: nnx.Module, i: jax.Array, j: int) -> tuple:
             x, kv = carry
-            kv = kv and LayerCache(k=kv[0], v=kv[1], layer=i, index=cache.index)
+            if kv is not None:
+                kept = jax.tree.map(lambda a: a[i // len(self.blocks)], cache.keys[j]) if cache.keys and not new else None
+                kv = LayerCache(k=kv[0], v=kv[1], layer=i, index=cache.index, memory=kept)
             x, kv, aux = layer(constrain(x, "batch seq embed_act"), scene, rotations[j], kv)
             if deep is not None:
                 x = x + jnp.where(i < len(deep), deep[jnp.minimum(i, len(deep) - 1)], 0).astype(x.dtype)
-            return (x, kv and (kv.k, kv.v)), aux
+            return (x, kv and (kv.k, kv.v)), (aux, kv.memory if kv is not None and new else None)
 
         (x, kv), outs = stack.run(self.blocks, step, (x, cache and (cache.k, cache.v)), depth=self.cfg.depth)
         aux: dict[str, Mean] = {}
-        for name, many in (pair for out in outs for pair in out.items()):
+        for name, many in (pair for out, _ in outs for pair in out.items()):
             one = jax.tree.map(lambda a: jnp.sum(a, axis=0), many)
             aux[name] = aux[name] + one if name in aux else one
         if cache is not None:
-            cache = replace(cache, k=kv[0], v=kv[1], index=cache.index + x.shape[1])
+            keys = tuple(kept for _, kept in outs) if new else cache.keys
+            cache = replace(cache, k=kv[0], v=kv[1], index=cache.index + x.shape[1], keys=keys)
         return self.norm(x), aux, cache
 
     def scene(self, batch: Batch, memory: Memory | None = None) -> Scene:
@@ -170,7 +180,7 @@ def remember(cache: Cache, scene: Scene) -> tuple[Cache, Visibility]:
     """
     put = lambda old, x: jax.lax.dynamic_update_slice(old, x, (0, cache.index))
     new, start, order = scene.sees, cache.index, scene.sees.order + cache.index
-    memory = scene.memory and replace(scene.memory, slot=scene.memory.slot[:, -1:])
+    memory = scene.memory and replace(scene.memory, tokens=None, slot=scene.memory.slot[:, -1:])
     cache = replace(cache, segments=put(cache.segments, new.segments), order=put(cache.order, order), memory=memory)
     sees = Visibility(segments=new.segments, order=order, key_segments=cache.segments, key_order=cache.order, start=start)
     return cache, sees

@@ -1,8 +1,10 @@
 """Multi-head attention with grouped queries and a cache; the dot product behind one function.
 
 `attend` is where a platform's kernel is chosen.  It is given the two integer arrays of a `Visibility`
-and not a mask, so that a kernel that knows segments never sees one.
+and not a mask, so that a kernel that knows segments never sees one.  Long rows are read block by block.
 """
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ from einops import rearrange
 from flax import nnx
 
 from mllm_jax.nn.block_config import BlockConfig
+from mllm_jax.nn.blockwise import LONG, attend_blockwise
 from mllm_jax.nn.param import Linear
 from mllm_jax.nn.position import Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.types import struct
+
+Keys = tuple[jax.Array, jax.Array]      # keys and values, each f[b t g k]
 
 
 @struct
@@ -24,13 +29,14 @@ class LayerCache:
     v: jax.Array                        # f[l b t g k]
     layer: jax.Array                    # i32[]
     index: jax.Array                    # i32[]: position of the first new token
+    memory: Keys | None = None          # of what this layer reads beside the row, once it has seen it
 
     def write(self, k: jax.Array, v: jax.Array) -> "LayerCache":
         at = (self.layer, 0, self.index, 0, 0)
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
-        return LayerCache(k=put(self.k, k), v=put(self.v, v), layer=self.layer, index=self.index)
+        return replace(self, k=put(self.k, k), v=put(self.v, v))
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
+    def read(self) -> Keys:
         """f[b t g k], f[b t g k] of this layer."""
         return tuple(jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
 
@@ -53,25 +59,31 @@ class Attention(nnx.Module):
         x: jax.Array,
         visibility: Visibility | None = None,
         *,
-        memory: jax.Array | None = None,
+        memory: jax.Array | Keys | None = None,
         window: int | None = None,
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """f[b s d] -> f[b s d] and the cache with the new keys and values; no visibility: all see all.
 
+        `memory` f[b t d] is attended to instead of x; it may be given as its `keys`, kept from before.
         With a `window` a position sees only so many of the last ones, itself among them.
         """
         memory = x if memory is None else memory
-        q, k, v = self.q(x), self.k(memory), self.v(memory)
+        q, (k, v) = self.q(x), memory if isinstance(memory, tuple) else self.keys(memory)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
         if rotation is not None:
             q, k = rotation(q), rotation(k)
         if cache is not None:
             cache = cache.write(k, v)
             k, v = cache.read()
         return self.o(attend(q, k, v, visibility, scale=self.query_scale, window=window)), cache
+
+    def keys(self, x: jax.Array) -> Keys:
+        """f[b t d] -> keys, not rotated yet, and values."""
+        k, v = self.k(x), self.v(x)
+        return k if self.k_norm is None else self.k_norm(k), v
 
 
 def attend(
@@ -80,6 +92,8 @@ def attend(
     """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
     groups = k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if visibility is not None and q.shape[1] * k.shape[1] > LONG * LONG:
+        return attend_blockwise(q, k, v, visibility, scale=scale, window=window)
     q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=groups)
     scores = jnp.einsum("bgrsk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
     if visibility is not None:

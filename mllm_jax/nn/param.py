@@ -77,13 +77,19 @@ def project(x: jax.Array, kernel: jax.Array, n: int = 1) -> jax.Array:
 
 
 class Embedding(nnx.Module):
-    """Token ids i32[...] -> f[... d]."""
+    """Token ids i32[...] -> f[... d]; ids from `vocab` on are rows of a second table, which may train while the first is frozen."""
 
-    def __init__(self, vocab: int, d: int, *, std: float = 0.02, rngs: nnx.Rngs):
+    def __init__(self, vocab: int, d: int, *, added: int = 0, std: float = 0.02, rngs: nnx.Rngs):
         self.table = param(rngs, (vocab, d), "vocab embed", normal(std))
+        self.added = param(rngs, (added, d), "vocab embed", normal(std)) if added else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return lookup(self.table[...], tokens, "vocab").astype(compute_dtype())
+        if self.added is None:
+            return lookup(self.table[...], tokens, "vocab").astype(compute_dtype())
+        n = self.table.shape[0]
+        old = lookup(self.table[...], jnp.minimum(tokens, n - 1), "vocab")
+        new = lookup(self.added[...], jnp.maximum(tokens - n, 0), "vocab")
+        return jnp.where(tokens[..., None] < n, old, new).astype(compute_dtype())
 
 
 def lookup(table: jax.Array, index: jax.Array, axis: str) -> jax.Array:
