@@ -9,6 +9,7 @@ REASONS = {
     "missing_file": "put the file there, or remove the record",
     "decode": "replace the file: it is truncated, or not an image",
     "bomb": "shrink the image, or remove the record",
+    "narrow": "crop the image, or remove the record",
     "tiny": "remove the record, or lower the limit of 8 pixels a side",
     "placeholders": "write one placeholder, such as <image>, for each medium of the record",
     "roles": "turns must alternate between the user and the assistant, the user first",
