@@ -11,23 +11,24 @@ trained layers, which passes none.  Attention counts visible pairs only, the out
 positions only, an encoder the layers that it runs.  Norms, activations, the optimizer, padding and what is
 recomputed (rematerialization) do not count: this is the work that the model asks for.
 
-Arithmetic on configurations; no array is made.  A new kind of part is a row in PARTS.
+Arithmetic on configurations; no array is made.  A new kind of part is a row in PARTS, a
+connector one in flops_connectors.py.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import field
 from fnmatch import fnmatch
-from itertools import pairwise
 from math import prod
 from typing import Any
 
-from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.lora import LoRA
+from mllm_jax.train.flops_connectors import CONNECTORS
+from mllm_jax.train.matmul import Matmul, Product, Trains
 from mllm_jax.types import record
 
 
@@ -40,17 +41,6 @@ class Counts:
     squares: float = 0                  # sum over packed examples of length^2
     trained: float = 0                  # positions with a weight in the loss
     items: Mapping[str, float] = field(default_factory=dict)    # modality -> media items
-
-
-@record
-class Matmul:
-    """Weights of inputs x outputs, applied `times` (tokens x layers); without a path, a product of activations."""
-
-    path: str
-    inputs: float
-    outputs: float
-    times: float
-    after: str = ""                     # a subtree that, if it trains, makes this pass gradients
 
 
 def step_flops(model: Any, trained: Collection[str], counts: Counts) -> float:
@@ -86,10 +76,6 @@ def flops_by_part(model: Any, trained: Collection[str], counts: Counts) -> dict[
     return out
 
 
-Product = tuple[str, bool, list[Matmul]]      # part, whether its input already carries a gradient, its matmuls
-Trains = Callable[[str], bool]             # whether anything at or below a path trains
-
-
 def _block(cfg: BlockConfig, path: str, layers: float, tokens: float, pairs: float) -> list[Matmul]:
     """A stack of transformer layers at `path`: so many layers, tokens and visible pairs in each layer."""
     d, h, g = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads
@@ -116,15 +102,6 @@ def _vit(cfg: ViTConfig, path: str, items: float, depth: int, pooled: bool, trai
         pool = [Matmul(**{**vars(m), "times": items * n}) if m.path.endswith(many) else m for m in one]
         # Keys and values read the patches, whose gradient is wanted only where something before them trains.
         yield path, passes, [Matmul(**{**vars(m), "after": ""}) if m.path.endswith(many) else m for m in pool]
-
-
-def _mlp_connector(
-    cfg: MLPConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains,
-) -> Iterator[Product]:
-    widths = [d_in] + [d_out] * cfg.depth
-    for i, (a, b) in enumerate(pairwise(widths)):
-        yield path, passes, [Matmul(path=f"{path}/layers/{i}/kernel", inputs=a, outputs=b, times=tokens)]
-        passes = passes or trains(f"{path}/layers/{i}")
 
 
 def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains: Trains) -> Iterator[Product]:
@@ -174,6 +151,6 @@ PARTS: dict[type, Callable] = {
     MLLMConfig: _mllm,
     DualEncoderConfig: _dual_encoder,
     ViTConfig: _vit,
-    MLPConfig: _mlp_connector,
     DecoderConfig: _decoder,
+    **CONNECTORS,
 }
