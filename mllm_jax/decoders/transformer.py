@@ -55,6 +55,9 @@ VICUNA_7B, VICUNA_13B = LLAMA, replace(LLAMA, width=5120, depth=40, heads=40, ml
 LLAMA_3_1_8B = replace(
     LLAMA, vocab=128_256, kv_heads=8, mlp=14_336, rope=Rope(theta=5e5, scaling=Llama3Scaling()))
 MISTRAL_7B = replace(LLAMA, kv_heads=8, mlp=14_336)
+MOBILE_LLAMA_1_4B = replace(LLAMA, width=2048, depth=24, heads=16, mlp=5632, norm=RMSNorm(eps=1e-6))
+MOBILE_LLAMA_2_7B = replace(LLAMA, width=2560, mlp=6912, norm=RMSNorm(eps=1e-6))
+QWEN_7B = DecoderConfig(vocab=151_936, width=4096, depth=32, heads=32, mlp=11_008, qkv_bias=True)
 QWEN2_7B = DecoderConfig(
     vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, mlp=18_944, qkv_bias=True, rope=Rope(theta=1e6))
 QWEN3_8B = DecoderConfig(
