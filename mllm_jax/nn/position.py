@@ -40,12 +40,14 @@ class Rope:
     """Rotary embedding (arXiv:2104.09864) in the half-split convention of Llama.
 
     `sections` says how many of the frequencies turn with each of (time, row, column), as in M-RoPE
-    (Qwen2-VL, arXiv:2409.12191, section 2.1); without it all turn with time.  With `axial` each axis has
-    a series of frequencies of its own, as in the ViT of Qwen2-VL.
+    (Qwen2-VL, arXiv:2409.12191, section 2.1); without it all turn with time.  The axes follow one another,
+    or with `interleaved` take turns, time, row, column, until one has all of its own (Qwen3-VL).  With `axial` each
+    axis has a series of frequencies of its own, as in the ViT of Qwen2-VL.
     """
 
     theta: float = 1e4
     sections: tuple[int, int, int] | None = None
+    interleaved: bool = False
     axial: bool = False
     scaling: Llama3Scaling | LinearScaling | None = None
 
@@ -57,7 +59,12 @@ class Rope:
             raise ValueError(f"rotary sections {sections} must add up to half the head width, {half}")
         series = lambda n: self.theta ** (-np.arange(n) / n)
         freqs = np.concatenate([series(n) for n in sections if n]) if self.axial else series(half)
-        return self.scaling(freqs) if self.scaling else freqs, np.repeat(np.arange(3), sections)
+        axis = np.repeat(np.arange(3), sections)
+        if self.interleaved:
+            axis = np.zeros(half, int)
+            for a in (1, 2):
+                axis[a : 3 * sections[a] : 3] = a
+        return self.scaling(freqs) if self.scaling else freqs, axis
 
     def __call__(self, positions: jax.Array, head_dim: int) -> "Rotation":
         """The rotation at i32[b s 3]."""
