@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.12.8", "grain>=0.2.18,<0.3", "array_record>=0.8",
         "transformers>=5.20", "tokenizers>=0.22", "safetensors>=0.6", "huggingface_hub>=1.0", "jinja2>=3.1.6", "absl-py>=2", "sentencepiece>=0.2",
-        "einops>=0.8", "numpy>=2.0", "pillow>=11.3", "pyarrow>=18", "msgpack>=1.1", "scikit-learn>=1.5", "tensorboardX>=2.6",
+        "einops>=0.8", "numpy>=2.0", "pillow>=11.3", "av>=14", "pyarrow>=18", "msgpack>=1.1", "scikit-learn>=1.5", "tensorboardX>=2.6",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -89,6 +89,7 @@ class Cut:
     overview: int | None = None
     frames: int = 1                     # tiles of a video, one after another
     seconds: tuple[float, ...] = ()     # of a video: the time of each frame, or of each step of `grid`
+    every: float = 0.0                  # of a video: seconds between them on average
 
     @property
     def tiles(self) -> int:

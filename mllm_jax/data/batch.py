@@ -67,8 +67,8 @@ def decode_items(
         _, tower = entrance(towers, blob.kind, several=sum(i.blob.kind == "image" for i in place.entry.sequence.items) > 1)
         change = None
         if augment:
-            rng = rng_for(seed, f"{id}/{place.number}", place.entry.epoch)
-            change = lambda image: _chain(augment, image, rng)
+            # A new generator each time, so that all frames of a video are changed alike.
+            change = lambda image: _chain(augment, image, rng_for(seed, f"{id}/{place.number}", place.entry.epoch))
         try:
             return tower.view(read_blob(blob), tower.patch, exact=exact, change=change)
         except BadExample as error:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.layouts import MARK, Plain, alone
+from mllm_jax.data.layouts import MARK, Plain, alone, on_grid
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenizer import placeholder
 from mllm_jax.types import KINDS, Blob, Example, Grid, Item, Run
@@ -176,4 +176,4 @@ def _places(run: Run, place: str, grid: Grid) -> np.ndarray:
         return np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
     if (run.slots < 0).any():
         raise ConfigError("a layout with marks has no grid of positions; use place='row', or give its runs places")
-    return np.stack(np.unravel_index(run.slots % prod(grid), grid), axis=1).astype(np.int32)
+    return on_grid(run.slots, grid)

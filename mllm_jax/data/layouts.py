@@ -2,7 +2,8 @@
 
     AnyRes()                        LLaVA-NeXT: overview, then the rows of the whole image without its padding, each
                                     with a learned newline
-    Spans(before="<img>", ...)      InternVL, Idefics3, SmolVLM, LLaVA-UHD: text around and between the tiles
+    Spans(before="<img>", ...)      InternVL, Idefics3, SmolVLM, LLaVA-UHD: text around and between the tiles, or frames
+    Pooled(rows=14, columns=14)     LLaVA-OneVision: frames of a video, shrunk
     Marked()                        CogVLM: a learned vector before the image and one after it
 
 A layout is called with the plan of a medium and the grid of tokens that one tile has after the connector, and gives
@@ -12,6 +13,7 @@ texts (a tokenizer made here is given them), `taps` says that some of its tokens
 before anything is decoded, from the header.
 """
 
+from dataclasses import replace
 from math import sqrt
 from typing import Protocol
 
@@ -99,6 +101,7 @@ class Spans(_Bare):
     overview: str = ""                  # before the overview
     after: str = ""                     # after all of it
     specials: tuple[str, ...] = ()
+    rate: float | None = None           # positions of time for each second, rounded down; None: one for each step (place="grid")
 
     def __call__(self, cut: Cut, grid: Grid) -> Pieces:
         n, frames = int(np.prod(grid[1:])), cut.frames * grid[0]
@@ -112,7 +115,48 @@ class Spans(_Bare):
         if cut.overview is not None:
             whole, gap = [self.overview, run(cut.overview)], [self.gap] if out else []
             out = whole + gap + out if first else out + gap + whole
-        return _joined([self.before, *out, self.after])
+        return [piece if isinstance(piece, str) else self._timed(piece, cut, grid) for piece in _joined([self.before, *out, self.after])]
+
+    def _timed(self, run: Run, cut: Cut, grid: Grid) -> Run:
+        if self.rate is None:
+            return run
+        places = on_grid(run.slots, grid)
+        places[:, 0] = (places[:, 0] * cut.every * self.rate).astype(np.int32)
+        return replace(run, places=places)
+
+
+@config
+class Pooled(_Bare):
+    """Frames shrunk to rows x columns tokens, bilinearly (LLaVA-Video, LLaVA-OneVision), and marks "newline".
+
+    Half as many is the mean of squares of four.
+    """
+
+    rows: int
+    columns: int
+    newline: str = "end"                # where it stands: at the "end" of the video, of each "frame" or "row", or "" nowhere
+
+    taps = True
+
+    def __post_init__(self):
+        if self.newline not in ("end", "frame", "row", ""):
+            raise ConfigError(f"newline={self.newline!r} is no place for a newline; the places are end, frame and row, or '' for none")
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return ("newline",) if self.newline else ()
+
+    def __call__(self, cut: Cut, grid: Grid) -> Pieces:
+        n, frames = int(np.prod(grid[1:])), cut.tiles * grid[0]
+        taps, mix = bilinear(np.arange(n, dtype=np.int32).reshape(grid[1:]), self.rows, self.columns)
+        taps = taps + n * np.arange(frames, dtype=np.int32)[:, None, None, None]
+        lines = {"row": frames * self.rows, "frame": frames, "end": 1, "": 1}[self.newline]
+        taps, mix = taps.reshape(lines, -1, 4), np.broadcast_to(mix, taps.shape).reshape(lines, -1, 4)
+        if self.newline:
+            mark, one = alone(np.full((lines, 1), MARK, np.int32))
+            taps, mix = np.concatenate([taps, mark], axis=1), np.concatenate([mix, one], axis=1)
+        taps, mix = taps.reshape(-1, 4), mix.reshape(-1, 4)
+        return [Run(slots=taps[:, 0], taps=taps, mix=mix)]
 
 
 @config
@@ -142,6 +186,12 @@ IDEFICS3 = Spans(
     overview="<fake_token_around_image><global-img>", after="<fake_token_around_image>",
     specials=("<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))),
 )  # fmt: skip
+
+
+def on_grid(slots: np.ndarray, grid: Grid) -> np.ndarray:
+    """i32[n 3]: (time, row, column) of tokens of tiles of this grid, the time counted from that of the first; tiles follow in time."""
+    steps, row, column = np.unravel_index(slots, (int(slots.max()) // (grid[1] * grid[2]) + 1, *grid[1:]))
+    return np.stack([steps - steps[0], row, column], axis=1).astype(np.int32)
 
 
 def mosaic(cut: Cut, grid: Grid) -> np.ndarray:
@@ -195,8 +245,10 @@ def _joined(pieces: Pieces) -> Pieces:
     """Without empty texts, and with neighbours joined: a tokenizer may have one token for two line breaks."""
     out: Pieces = []
     for piece in pieces:
-        if isinstance(piece, str) and out and isinstance(out[-1], str):
-            out[-1] += piece
-        elif not isinstance(piece, str) or piece:
-            out.append(piece)
-    return [piece for piece in out if piece]
+        if isinstance(piece, str) and not piece:
+            continue
+        if out and type(out[-1]) is type(piece):
+            last = out.pop()
+            piece = last + piece if isinstance(piece, str) else Run(slots=np.concatenate([last.slots, piece.slots]))
+        out.append(piece)
+    return out
