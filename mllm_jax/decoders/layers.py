@@ -1,7 +1,7 @@
 """The layers of a decoder as values: what one layer has that the next may not.
 
 `DecoderConfig.cycle` holds them; they take turns. A layer of another kind (two sets of weights, a recurrence) is a
-value of its own with the same three members: `window`, `rope`, and `build(cfg, rngs=)`, which gives a module
+value of its own with the same members: `window`, `rope`, `origin`, `tiny`, and `build(cfg, rngs=)`, which gives a module
 (x, scene, rotation, cache) -> (x, cache, auxiliary losses).
 """
 
@@ -42,7 +42,12 @@ class Scene:
     sees: Visibility
     kinds: jax.Array                    # i32[b s]   see types.KINDS
     mask: jax.Array                     # bool[b s]  False at padding
+    draws: jax.Array | None = None      # u32[b]     random bits of this layer, in training
     memory: Memory | None = None
+
+    def of_layer(self, i: jax.Array) -> "Scene":
+        """With random bits that no other layer has: seeds only, so that any step that is odd will do."""
+        return self if self.draws is None else replace(self, draws=self.draws + i.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
 
 
 @config
@@ -56,6 +61,11 @@ class Layer:
 
     def build(self, cfg: BlockConfig, *, rngs: nnx.Rngs) -> "DecoderLayer":
         return DecoderLayer(self, cfg, rngs=rngs)
+
+    @property
+    def origin(self) -> "Layer":
+        """The layer of the language model that it grew from."""
+        return replace(self, reads=None)
 
     def tiny(self) -> "Layer":
         small = lambda part: part and part.tiny()
@@ -78,4 +88,4 @@ class DecoderLayer(Block):
                 keys = self.reads.keys(memory.tokens)
                 cache = cache and replace(cache, memory=keys)
             x = self.reads(x, keys, memory and memory.visibility())
-        return super().__call__(x, scene.sees, window=self.window, rotation=rotation, cache=cache, mask=scene.mask)
+        return super().__call__(x, scene.sees, window=self.window, rotation=rotation, cache=cache, mask=scene.mask, draws=scene.draws)

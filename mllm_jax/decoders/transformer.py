@@ -45,6 +45,11 @@ class DecoderConfig(BlockConfig):
             embed_scale=self.embed_scale if self.embed_scale == 1 else 32**0.5)
 
     @property
+    def origin(self) -> "DecoderConfig":
+        """The language model that it grew from, whose checkpoints it can start from; the rest of it starts fresh."""
+        return replace(self, cycle=tuple(layer.origin for layer in self.cycle))
+
+    @property
     def memory_width(self) -> int | None:
         """Width of the media tokens that layers read beside the row; None if no layer reads."""
         return next((layer.reads.width for layer in self.cycle if getattr(layer, "reads", None)), None)
@@ -142,7 +147,7 @@ class Decoder(nnx.Module):
             if kv is not None:
                 kept = jax.tree.map(lambda a: a[i // len(self.blocks)], cache.keys[j]) if cache.keys and not new else None
                 kv = LayerCache(k=kv[0], v=kv[1], layer=i, index=cache.index, memory=kept)
-            x, kv, aux = layer(constrain(x, "batch seq embed_act"), scene, rotations[j], kv)
+            x, kv, aux = layer(constrain(x, "batch seq embed_act"), scene.of_layer(i), rotations[j], kv)
             if deep is not None:
                 x = x + jnp.where(i < len(deep), deep[jnp.minimum(i, len(deep) - 1)], 0).astype(x.dtype)
             return (x, kv and (kv.k, kv.v)), (aux, kv.memory if kv is not None and new else None)
@@ -159,7 +164,7 @@ class Decoder(nnx.Module):
 
     def scene(self, batch: Batch, memory: Memory | None = None) -> Scene:
         sees = visibility.of_batch(batch, causal=self.cfg.causal)
-        return Scene(sees=sees, kinds=batch.kinds, mask=batch.segments > 0, memory=memory)
+        return Scene(sees=sees, kinds=batch.kinds, mask=batch.segments > 0, draws=batch.draws, memory=memory)
 
     def rotations(self, positions: jax.Array) -> list[Rotation | None]:
         """How the layers of each place in the cycle turn queries and keys at i32[b s 3]."""

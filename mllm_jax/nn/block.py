@@ -26,7 +26,7 @@ NORMS = ("before", "after", "both", "outside")
 
 class Block(nnx.Module):
     def __init__(self, cfg: BlockConfig, *, mlp: Any = None, rngs: nnx.Rngs):
-        """`mlp` is a value whose `build(cfg, rngs=)` gives a layer f[b s d], bool[b s] -> f[b s d], auxiliary losses."""
+        """`mlp` is a value whose `build(cfg, rngs=)` gives a layer f[b s d], mask, draws -> f[b s d], auxiliary losses."""
         if cfg.norms not in NORMS:
             raise ConfigError(f"norms={cfg.norms!r}; a layer has its norms {', '.join(NORMS)}")
         self.norms, self.sparse = cfg.norms, mlp is not None
@@ -47,15 +47,17 @@ class Block(nnx.Module):
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
         mask: jax.Array | None = None,
+        draws: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, dict[str, Mean]]:
         """f[b s d] -> (f[b s d], the cache with new keys and values, auxiliary losses).
 
-        `mask` bool[b s] says which positions are real; only layers that route tokens read it.
+        `mask` bool[b s] says which positions are real, and `draws` u32[b] are random bits for training; only layers
+        that route tokens read them.
         """
         y, cache = self.attn(self._before(self.norm1, x), visibility, window=window, rotation=rotation, cache=cache)
         x = self._join(x, y, self.norm1, self.norm1_after)
         y = self._before(self.norm2, x)
-        y, aux = self.mlp(y, mask) if self.sparse else (self.mlp(y), {})
+        y, aux = self.mlp(y, mask, draws) if self.sparse else (self.mlp(y), {})
         return self._join(x, y, self.norm2, self.norm2_after), cache, aux
 
     def _before(self, norm: nnx.Module, x: jax.Array) -> jax.Array:

@@ -67,19 +67,19 @@ class MoE(nnx.Module):
         self.experts = Experts(block, cfg.experts, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, seeds: jax.Array | None = None,
+        self, x: jax.Array, mask: jax.Array | None = None, draws: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """Positions where the mask bool[b s] is False take nobody's place, are not counted, and get 0.
 
-        `seeds` u32[b] are given in training, and what is drawn is drawn from them.  Without, nothing is left to
+        `draws` u32[b] are given in training, and what is drawn is drawn from them.  Without, nothing is left to
         chance and no token left out, so that what a token becomes does not depend on those after it.
         """
         cfg = self.cfg
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         # float32, on chips too that round what a matmul reads: near ties decide who is chosen.
         logits = jnp.einsum("bsd,de->bse", x.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
-        room = None if seeds is None else cfg.room(x.shape[1])
-        noise = gumbel(seeds, logits.shape[1:]) if cfg.explore and seeds is not None else None
+        room = None if draws is None else cfg.room(x.shape[1])
+        noise = gumbel(draws, logits.shape[1:]) if cfg.explore and draws is not None else None
         choice, routes = route(cfg, logits, mask, room, noise)
         return self.experts(x, routes, room), report(cfg, logits, mask, choice, routes)
 
@@ -116,9 +116,9 @@ def choose(logits: jax.Array, k: int, noise: jax.Array | None = None) -> jax.Arr
     return jnp.stack(choice, axis=-1)
 
 
-def gumbel(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def gumbel(draws: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """u32[b] -> f32[b *shape]; the largest of logits with this noise is a draw from their softmax."""
-    return jax.vmap(lambda seed: jax.random.gumbel(jax.random.key(seed), shape))(seeds)
+    return jax.vmap(lambda seed: jax.random.gumbel(jax.random.key(seed), shape))(draws)
 
 
 def queue(choice: jax.Array, mask: jax.Array, experts: int) -> jax.Array:

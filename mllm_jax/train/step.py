@@ -8,6 +8,7 @@ the loss at its embeds (GradCache, arXiv:2101.06983).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +48,17 @@ def make_step(
 
 
 def corrupt(objectives: Mapping[str, Objective], batch: Batch, key: jax.Array) -> Batch:
+    """What the model is given in training: without what is to be predicted, and with random bits for each row."""
     for i, objective in enumerate(objectives.values()):
         batch = objective.corrupt(batch, jax.random.fold_in(key, i))
+    if batch.draws is None:
+        batch = replace(batch, draws=jax.random.bits(jax.random.fold_in(key, len(objectives)), batch.tokens.shape[:1]))
     return batch
 
 
 def score(objectives: Mapping[str, Objective], out: Outputs, batch: Batch) -> Scores:
-    return {f"{name}/{k}": v for name, o in objectives.items() for k, v in o.score(out, batch).items()}
+    """What the objectives say, as "name/..."; and what the model says of itself, under the names that it gives."""
+    return {f"{name}/{k}": v for name, o in objectives.items() for k, v in o.score(out, batch).items()} | out.aux
 
 
 def total_loss(objectives: Mapping[str, Objective], scores: Scores) -> jax.Array:

@@ -24,7 +24,7 @@ DROPLESS, TIGHT = MoEConfig(experts=4), MoEConfig(experts=4, capacity=0.6)
 X = jax.random.normal(jax.random.key(1), (B, S, D))
 PULL = jax.random.normal(jax.random.key(2), (B, S, D))
 MASK = jnp.arange(S) < jnp.array([12, 12, 9, 12, 3, 12, 0, 1])[:, None]
-SEEDS = jnp.arange(B, dtype=jnp.uint32)
+DRAWS = jnp.arange(B, dtype=jnp.uint32)
 
 
 @functools.cache
@@ -36,12 +36,12 @@ def layer(cfg, block=PLAIN):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(graph, params, x, mask=MASK, seeds=SEEDS):
-    return merge(graph, params)(x, mask, seeds)
+def run(graph, params, x, mask=MASK, draws=DRAWS):
+    return merge(graph, params)(x, mask, draws)
 
 
-def loss(graph, params, x, mask=MASK, seeds=SEEDS):
-    y, aux = merge(graph, params)(x, mask, seeds)
+def loss(graph, params, x, mask=MASK, draws=DRAWS):
+    y, aux = merge(graph, params)(x, mask, draws)
     return jnp.sum(y * PULL[: len(x)]) + 3 * aux["router/balance"].value + aux["router/z"].value
 
 
@@ -149,7 +149,7 @@ def test_who_is_left_out_does_not_depend_on_other_rows_or_on_padding():
     assert 0.1 < float(aux["router/dropped"].value) < 0.6
     for i in (0, 2, 5):
         one = slice(i, i + 1)
-        alone, _ = run(graph, params, X[one], MASK[one], SEEDS[one])
+        alone, _ = run(graph, params, X[one], MASK[one], DRAWS[one])
         np.testing.assert_allclose(alone, y[one], atol=1e-6)
     other, again = run(graph, params, jnp.where(MASK[..., None], X, 100.0))
     np.testing.assert_array_equal(other, y)
@@ -212,11 +212,11 @@ def test_experts_on_a_mesh_are_those_of_one_device(cfg, mesh, capfd):
         split_params = {k: put(v, axes[k]) for k, v in params.items()}
         x = put(X, ("batch", "seq", "embed_act"))
 
-        def both(params, x, mask, seeds):
-            return merge(graph, params)(x, mask, seeds), jax.grad(loss, (1, 2))(graph, params, x, mask, seeds)
+        def both(params, x, mask, draws):
+            return merge(graph, params)(x, mask, draws), jax.grad(loss, (1, 2))(graph, params, x, mask, draws)
 
-        program = jax.jit(both).lower(split_params, x, put(MASK, ("batch", "seq")), put(SEEDS, ("batch",))).compile()
-        close(want, program(split_params, x, put(MASK, ("batch", "seq")), put(SEEDS, ("batch",))))
+        program = jax.jit(both).lower(split_params, x, put(MASK, ("batch", "seq")), put(DRAWS, ("batch",))).compile()
+        close(want, program(split_params, x, put(MASK, ("batch", "seq")), put(DRAWS, ("batch",))))
         few = jax.jit(lambda p, x, m: merge(graph, p)(x, m)[0])(split_params, X[:1], MASK[:1])
     np.testing.assert_allclose(few, run(graph, params, X[:1], MASK[:1], None)[0], atol=1e-5)     # too few rows to split
     text = program.as_text()
