@@ -4,9 +4,9 @@
 
 `{i}` runs over the layers, which are entries of one stacked array of ours.  Where layers differ in a cycle of c, layer i
 is entry i // c of `blocks/{i % c}`; tables write `blocks/0` for all, and `{k}` for i // c where theirs counts so.  The third
-column is an einops pattern from their shape to that of one layer of ours.  A row counts only if the model has its parameter, so
-that one table serves models with and without biases, query norms or a tied head; that every parameter has a
-row, and every tensor a parameter, is checked, and what is left over on either side is an error that names it.
+column is an einops pattern from their shape to that of one layer of ours.  A row counts only if the model has its parameter,
+with as many axes as the pattern gives, so that one table serves models with and without biases, query norms or a tied head; that
+every parameter has a row, and every tensor a parameter, is checked, and what is left over on either side is an error that names it.
 """
 
 import re
@@ -125,10 +125,12 @@ class Family:
                     ours = part.ours + (r.ours.replace("blocks/0/", f"blocks/{i % cycle}/") if stacked else r.ours)
                     if ours not in shapes:
                         continue
-                    k = i // cycle if stacked else None
+                    k, shape = (i // cycle, shapes[ours][1:]) if stacked else (None, shapes[ours])
+                    if r.how and len(_axes(r.how)) != len(shape):
+                        continue
                     out.append(Link(
-                        theirs=part.theirs + r.theirs.format(i=i, k=k), ours=ours, layer=k, part=r.part, how=r.how,
-                        shape=shapes[ours][1:] if stacked else shapes[ours], sizes=sizes if "p q" in r.how else {}))
+                        theirs=part.theirs + r.theirs.format(i=i, k=k), ours=ours, layer=k, part=r.part, how=r.how, shape=shape,
+                        sizes=sizes if "p q" in r.how else {}))
         if homeless := sorted(shapes.keys() - {x.ours for x in out}):
             raise ConfigError(f"{self.model_type} has no place for {len(homeless)} parameters: {', '.join(homeless[:5])}")
         return out
@@ -188,6 +190,10 @@ def _plain(node: Any) -> Any:
     if {"heads", "kv_heads", "head_dim", "width"} <= new.keys():
         new["kv_heads"] = None if new["kv_heads"] == new["heads"] else new["kv_heads"]
         new["head_dim"] = None if new["head_dim"] == new["width"] // new["heads"] else new["head_dim"]
+    if "cycle" in new:                  # the shortest that repeats
+        turns = new["cycle"]
+        n = next(n for n in range(1, len(turns) + 1) if turns == turns[:n] * (len(turns) // n))
+        new["cycle"] = turns[:n]
     if "table" in new:
         new["table"] = None if new["table"] == new["grid"] else new["table"]
         new["layer"] = node.run_depth - new["depth"] - 1
@@ -197,6 +203,11 @@ def _plain(node: Any) -> Any:
 def _rearrange(x: np.ndarray, how: str, sizes: Mapping[str, int]) -> np.ndarray:
     names = set(re.findall(r"[a-z]+", how.partition("->")[0]))
     return rearrange(x, how, **{k: v for k, v in sizes.items() if k in names}) if how else x
+
+
+def _axes(how: str) -> list[str]:
+    """The axes of ours in a pattern; axes in brackets are one."""
+    return re.findall(r"\([^)]*\)|\S+", how.partition("->")[2])
 
 
 def _named(how: str, shape: tuple[int, ...]) -> dict[str, int]:

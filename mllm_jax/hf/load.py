@@ -6,6 +6,7 @@ model of LLaVA), and may have more rows of vocabulary.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mllm_jax.nn.lora import LoRA
 log = logging.getLogger(__name__)
 
 VOCAB_AXIS = {"embedding/table": 0, "head": 1}
+ADDED = {"embedding/added": "embedding/table", "head_added": "head"}    # rows of later tokens, and of the tokens before
 # What the user of a checkpoint may choose otherwise than the checkpoint says. The vocabulary may grow, and
 # what shapes tell (positions, pooling) is checked there.
 FREE = (r"(.*\.)?(layer|keep_class|final_norm|pool|vocab|positions|grid|table)", r"(.*\.)?view(\..*)?", "scale", "bias")
@@ -68,40 +70,69 @@ def load_subtree(source: str | Path, cfg: Any, shapes: Mapping[str, jax.ShapeDty
 
     Args:
       cfg: configuration of the part; its kind says which part of the checkpoint is meant.
-      shapes: path below the part -> shape, dtype and sharding of what is wanted.  Adapters
-        (`.../lora/a`, `.../lora/b`) are no part of a checkpoint, and are left out of what is returned.
+      shapes: path below the part -> shape, dtype and sharding of what is wanted.  What is no part of a checkpoint is left
+        out of what is returned: adapters (`.../lora/a`, `.../lora/b`), and what a model has beyond its `origin`.
 
     Raises:
       ConfigError: as `load`; and where an option of `cfg` is not that of the checkpoint.
     """
-    return _load(folder_of(source), str(source), cfg, shapes)
+    return _load(folder_of(source), str(source), cfg, shapes, origin=getattr(cfg, "origin", None))
 
 
-def _load(folder: Path, where: str, cfg: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], keep: bool = False) -> dict[str, jax.Array]:
+def _load(
+    folder: Path, where: str, cfg: Any, shapes: Mapping[str, jax.ShapeDtypeStruct], *, keep: bool = False, origin: Any = None,
+) -> dict[str, jax.Array]:
     family, theirs = describe(folder)
     cfg = cfg.model if isinstance(cfg, LoRA) else cfg
     if isinstance(cfg, TowerConfig) and cfg.route == "pool":    # of a dual encoder: such a tower is its encoder
         cfg = cfg.encoder
     shapes = {path: s for path, s in shapes.items() if not path.endswith(LEAVES_OF_LORA)}
     prefix, part = _alike(family, theirs, cfg, where)
-    if wrong := differences(part, cfg, FREE):
+    wrong = _unlike(part, cfg)
+    if wrong and origin is not None:    # the checkpoint may be of the model that this one grew from
+        wrong, whole = _unlike(part, origin), parameter_shapes(origin)
+        shapes = {path: s for path, s in shapes.items() if path in whole}
+    if wrong:
         what = "; ".join(f"{path} is {a!r} in the checkpoint and {b!r} in the model" for path, (a, b) in wrong.items())
         raise ConfigError(f"{where}: {what}; change the configuration of the model to that of the checkpoint")
     read, links = reader(folder, where, family, theirs)
-    mine: dict[str, list[Link]] = {}
+    turns = [len(getattr(x, "cycle", "1")) for x in (part, cfg)]
+    mine: dict[str, list[tuple[int | None, Link]]] = {}
     for link in links:
-        if link.ours.startswith(prefix) and link.ours.removeprefix(prefix) in shapes:
-            mine.setdefault(link.ours.removeprefix(prefix), []).append(link)
-    if missing := sorted(shapes.keys() - mine.keys()):
+        path, layer = _place(link, *turns)
+        if path.startswith(prefix) and path.removeprefix(prefix) in shapes:
+            mine.setdefault(path.removeprefix(prefix), []).append((layer, link))
+    added = {path: path.removesuffix(new) + old for path in shapes.keys() - mine.keys() for new, old in ADDED.items() if path.endswith(new)}
+    if missing := sorted(shapes.keys() - mine.keys() - added.keys()):
         raise ConfigError(f"{where} ({family.model_type}) has nothing for {len(missing)} parameters: {', '.join(missing[:5])}")
     out = {}
     for path, want in shapes.items():
+        if path in added:
+            [(_, link)] = mine[added[path]]
+            log.info("%s: the tokens of %s are new, and the mean of those of %s", where, path, link.theirs)
+            out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, mine[added[path]], _mean(read, want.shape))
+            continue
         stack = mine[path]
-        have = stack[0].shape if stack[0].layer is None else (len(stack), *stack[0].shape)
-        if grown := _growth(path, have, want.shape, where, stack[0].theirs):
+        layer, link = stack[0]
+        have = link.shape if layer is None else (len(stack), *link.shape)
+        if grown := _growth(path, have, want.shape, where, link.theirs):
             log.info("%s: %s grows from %d to %d tokens; the new ones are the mean of the old", where, path, *grown)
-        out[path] = _fill(_of_type(want, read(stack[0]).dtype) if keep else want, stack, read)
+        out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, stack, read)
     return out
+
+
+def _unlike(part: Any, cfg: Any) -> dict[str, tuple[Any, Any]]:
+    """Where the part of a checkpoint is not what the model wants; tokens that are new there are no difference."""
+    return {k: pair for k, pair in differences(part, cfg, FREE).items() if not (k.endswith("added") and pair[0] == 0)}
+
+
+def _place(link: Link, theirs: int, ours: int) -> tuple[str, int | None]:
+    """(path, entry of the stack) of a link where layers take turns in a cycle of `ours` and not of `theirs`."""
+    if link.layer is None or theirs == ours:
+        return link.ours, link.layer
+    head, j, tail = re.fullmatch(r"(.*\bblocks/)(\d+)(/.*)", link.ours).groups()
+    i = link.layer * theirs + int(j)
+    return f"{head}{i % ours}{tail}", i // ours
 
 
 def reader(folder: Path, where: str, family: Family, cfg: Any) -> tuple[Callable[[Link], np.ndarray], list[Link]]:
@@ -154,21 +185,21 @@ def _growth(path: str, have: tuple, want: tuple, where: str, theirs: str) -> tup
     raise ConfigError(f"{where}: {theirs} becomes {path} of {_x(have)}; the model has {_x(want)}")
 
 
-def _fill(want: jax.ShapeDtypeStruct, stack: list[Link], read: Callable[[Link], np.ndarray]) -> jax.Array:
+def _fill(want: jax.ShapeDtypeStruct, stack: list[tuple[int | None, Link]], read: Callable[[Link], np.ndarray]) -> jax.Array:
     """One parameter on its devices; each tensor is looked at once, for all the shards of this host."""
     sharding = want.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     key = lambda index: tuple(s.indices(n)[:2] for s, n in zip(index, want.shape))
     places = {key(i) for i in sharding.addressable_devices_indices_map(want.shape).values()}
     shards = {k: np.empty([b - a for a, b in k], want.dtype) for k in places}
-    for link in stack:
-        if link.layer is None:
+    for layer, link in stack:
+        if layer is None:
             piece = _grown(read(link), want.shape)
             for k, shard in shards.items():
                 shard[...] = piece(k)
-        elif inside := [k for k in shards if k[0][0] <= link.layer < k[0][1]]:
+        elif inside := [k for k in shards if k[0][0] <= layer < k[0][1]]:
             x = read(link)
             for k in inside:
-                shards[k][link.layer - k[0][0]] = x[tuple(slice(a, b) for a, b in k[1:])]
+                shards[k][layer - k[0][0]] = x[tuple(slice(a, b) for a, b in k[1:])]
     return jax.make_array_from_callback(want.shape, sharding, lambda index: shards[key(index)], dtype=want.dtype)
 
 
@@ -186,6 +217,15 @@ def _grown(x: np.ndarray, shape: tuple[int, ...]) -> Callable[[tuple], np.ndarra
         return np.concatenate([cut(k), np.repeat(tail, max(new, 0), axis)], axis)
 
     return piece
+
+
+def _mean(read: Callable[[Link], np.ndarray], shape: tuple[int, ...]) -> Callable[[Link], np.ndarray]:
+    """A function to an array of this shape whose tokens are all the mean of those that `read` gives."""
+    def one(link: Link) -> np.ndarray:
+        x, axis = read(link), next(a for name, a in VOCAB_AXIS.items() if link.ours.endswith(name))
+        return np.broadcast_to(x.mean(axis, dtype=np.float32, keepdims=True), shape)
+
+    return one
 
 
 def _x(shape: tuple[int, ...]) -> str:
