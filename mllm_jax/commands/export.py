@@ -28,11 +28,11 @@ def run(args: argparse.Namespace) -> int:
     if common.is_run(Path(args.model)):
         import jax.numpy as jnp
 
-        from mllm_jax.data.templates import Template
+        from mllm_jax.data.templates import chat_template
         from mllm_jax.hf.export import export
 
         recipe, cfg, params, tokenizer = common.open_model(args.model, layout)
-        chat = Template(common.text_of(recipe, cfg)[0], tokenizer).jinja if hasattr(cfg, "decoder") else None
+        chat = chat_template(common.text_of(recipe, cfg)[0], tokenizer) if hasattr(cfg, "decoder") else None
         export(params, cfg, args.out, tokenizer=tokenizer, chat_template=chat, family=args.family,
                dtype=args.dtype and jnp.dtype(args.dtype))
     else:

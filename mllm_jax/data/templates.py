@@ -38,6 +38,8 @@ _TEXT = (
     "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
     "{{ part.text if part.type == 'text' else " + _MEDIUM + " }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
 )
+_FAKE = _TEXT.replace(_MEDIUM, "('' if loop.previtem is defined and loop.previtem.type != 'text' else '<fake_token_around_image>') + "
+                      + _MEDIUM + " + '<fake_token_around_image>'")
 
 TEMPLATES = {
     # LLaVA-1.5, conversation.py conv_vicuna_v1: no space after </s>, and one before the answer, which is trained.
@@ -80,14 +82,74 @@ TEMPLATES = {
         "{%- elif message.content is not string -%}{%- for part in message.content -%}"
         "{{ '' if part.type == 'text' else " + _MEDIUM + " }}{%- endfor -%}{%- endif -%}{%- endfor -%}"
     ),
+    # Gemma 3, as its tokenizer has it, with the spans of what is trained; AROUND says what becomes of an image.
+    "gemma": (
+        "{%- macro trimmed(content) -%}{%- if content is string -%}{{ content | trim }}{%- else -%}{%- for part in content -%}"
+        "{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        "{{ bos_token }}{%- set system = messages[0].role == 'system' -%}{%- set first = messages[0].content -%}"
+        "{%- set lead = (first if first is string else first[0].text) + '\\n\\n' if system else '' -%}"
+        "{%- for message in (messages[1:] if system else messages) -%}"
+        "{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('user and assistant must take turns') }}{%- endif -%}"
+        "{%- if message.role == 'assistant' -%}{{ '<start_of_turn>model\\n' }}"
+        "{%- generation -%}{{ trimmed(message.content) + '<end_of_turn>' }}{%- endgeneration -%}"
+        "{%- else -%}{{ '<start_of_turn>' + message.role + '\\n' + (lead if loop.first else '') + trimmed(message.content) + '<end_of_turn>' }}"
+        "{%- endif -%}{{ '\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
+    ),
+    # The processor of PaliGemma: images first, wherever they were, one question, a new line, one answer.
+    "paligemma": (
+        "{%- for message in messages -%}{%- if message.role != ['user', 'assistant'][loop.index0] -%}"
+        "{{ raise_exception('one question and one answer is all that paligemma knows') }}{%- endif -%}"
+        "{%- if message.role == 'assistant' -%}{%- generation -%}{{ message.content | trim + eos_token }}{%- endgeneration -%}"
+        "{%- elif message.content is string -%}{{ bos_token + message.content | trim + '\\n' }}"
+        "{%- else -%}{%- for part in message.content if part.type != 'text' -%}{{ " + _MEDIUM + " }}{%- endfor -%}{{ bos_token }}"
+        "{{ message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join | trim + '\\n' }}{%- endif -%}{%- endfor -%}"
+    ),
+    # OpenFlamingo (train/data.py): a chunk of text about an image ends before the next one.  Of a document nothing is trained before
+    # its first image, nor its end token; of a caption or an answer all is.
+    "flamingo": (
+        "{%- macro chunks(parts) -%}{%- for part in parts -%}{%- if part.type != 'text' -%}"
+        "{{ ('<|endofchunk|>' if parts[:loop.index0] | rejectattr('type', 'equalto', 'text') | list else '') + " + _MEDIUM + " }}"
+        "{%- else -%}{%- set line = part.text -%}"
+        "{%- set line = line if loop.last or loop.nextitem.type == 'text' else line.rstrip(' ') -%}"
+        "{{ line if loop.first or loop.previtem.type == 'text' else line.lstrip(' ') }}{%- endif -%}{%- endfor -%}{%- endmacro -%}"
+        "{{ bos_token }}{%- for message in messages -%}"
+        "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}"
+        "{%- set media = parts | rejectattr('type', 'equalto', 'text') | list | length -%}"
+        "{%- if message.role != 'assistant' -%}{{ chunks(parts) }}{%- else -%}"
+        "{%- set start = 1 if media and parts[0].type == 'text' else 0 -%}{{ chunks(parts[:start]).rstrip(' ') }}"
+        "{%- generation -%}{{ chunks(parts[start:]) + '<|endofchunk|>' + (eos_token if loop.last and not media else '') }}{%- endgeneration -%}"
+        "{{ eos_token if loop.last and media else '' }}{%- endif -%}{%- endfor -%}"
+    ),
+    # The processor of Idefics: bare text with images between tokens that neighbours share; a document is one turn.
+    "idefics": _FAKE + (
+        "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ text(message.content) + (eos_token if loop.last else '') }}{%- endgeneration -%}"
+        "{%- else -%}{{ text(message.content) }}{%- endif -%}{%- endfor -%}"
+    ),
+    "idefics_instruct": _FAKE + (
+        "{{ bos_token }}{%- for message in messages -%}{{ '' if loop.first else '\\n' }}{{ message.role | capitalize + ':' }}"
+        "{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ ' ' + text(message.content) + '<end_of_utterance>' }}{%- endgeneration -%}"
+        "{%- else -%}{{ '' if message.content is not string and message.content[0].type != 'text' else ' ' }}"
+        "{{ text(message.content) + '<end_of_utterance>' }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '\\nAssistant:' }}{%- endif -%}"
+    ),
 }  # fmt: skip
 
 # Special tokens that a format writes; a tokenizer made here is given them.
 TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"),
+    "flamingo": ("<|endofchunk|>",),
+    "idefics": ("<fake_token_around_image>",),
+    "idefics_instruct": ("<fake_token_around_image>", "<end_of_utterance>"),
 }
-STOPS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "caption": "\n"}    # what ends a turn, besides the end token
+# What ends a turn, besides the end token.
+STOPS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "caption": "\n", "gemma": "<end_of_turn>", "flamingo": "<|endofchunk|>",
+         "idefics_instruct": "<end_of_utterance>"}
+# Special tokens in the place of which a processor puts more, before tokenizing: the new lines merge with those beside them.
+AROUND = {"<start_of_image>": "\n\n<start_of_image>{image}<end_of_image>\n\n"}
 
 PAIRS = ("clip", "siglip")              # texts of contrastive pairs; see `encode_pair`
 
@@ -120,7 +182,8 @@ class Template:
                 self.jinja = self.jinja.replace(_MEDIUM, f"({own!r} if part.type == {modality!r} else {_MEDIUM})")
         self.values = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self.generation = re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
-        special = sorted({str(t) for t in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+        # Others that were added, such as <loc0001>, are words.
+        special = sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special))) if special else None
         self.typed = name in TEMPLATES or (name == "tokenizer" and self._takes_parts())
 
@@ -230,6 +293,9 @@ class Template:
             if type(error) is jinja2.TemplateError:     # raise_exception, in the template: it dislikes the roles
                 raise BadExample("", "roles", f"the template {self.name!r} says: {error}") from error
             raise ConfigError(f"the template {self.name!r} fails: {error}") from error
+        for token, wider in AROUND.items():
+            if token in raw:
+                raw = re.sub(f"(?<!{_LITERAL}){token}", lambda _: wider.format(image=placeholder(self.tokenizer, "image")[0]), raw)
         pieces, spans, at, start = [], [], 0, 0
         for piece in re.split(f"({_OPEN}|{_CLOSE})", raw):
             if piece == _OPEN:
@@ -308,8 +374,8 @@ def encode_pair(text: str, template: Template, length: int) -> tuple[np.ndarray,
 
 
 def chat_template(name: str, tokenizer: Any) -> str:
-    """The Jinja string to export as the tokenizer's `chat_template`; "" for pairs, which have none."""
-    return Template(name, tokenizer).jinja
+    """The Jinja string to export as the tokenizer's `chat_template`; "" for pairs, which have none, and where a processor writes it."""
+    return "" if name == "paligemma" else Template(name, tokenizer).jinja
 
 
 class _Generation(jinja2.ext.Extension):

@@ -15,7 +15,7 @@ import jax
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError, load, override
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.templates import Template
+from mllm_jax.data.templates import chat_template
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.run import evaluate
@@ -159,7 +159,7 @@ def _export(run: Run, stage: str, params: Params) -> None:
     folder = run.folder / "export"
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
-    chat = Template(data.template, run.tokenizer).jinja if hasattr(model, "decoder") else None
+    chat = chat_template(data.template, run.tokenizer) if hasattr(model, "decoder") else None
     try:
         export(params, model, folder, tokenizer=run.tokenizer, chat_template=chat, seq_len=data.seq_len)
     except CannotExpress as error:
