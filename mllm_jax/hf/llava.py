@@ -50,12 +50,8 @@ def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
 
 
 def hf_config(cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:
-    if set(cfg.inputs) != {"image"} or cfg.inputs["image"].route != "splice" or not isinstance(cfg.inputs["image"].encoder, ViTConfig):
-        raise ConfigError(f"the family 'llava' has one input, image, spliced from a ViT; the model has {sorted(cfg.inputs)}")
-    tower = cfg.inputs["image"]
+    tower = the_tower(cfg, "llava", MLPConfig)
     encoder, connector = tower.encoder, tower.connector
-    if not isinstance(connector, MLPConfig):
-        raise ConfigError(f"the family 'llava' cannot express the connector {type(connector).__name__}; MLPConfig it can")
     text = language.their_decoder(cfg.decoder, ids)
     out = {
         "model_type": "llava", "image_token_index": ids.image, "image_seq_length": encoder.grid**2 + encoder.keep_class,
@@ -64,9 +60,27 @@ def hf_config(cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:
         "vision_feature_select_strategy": "default" if encoder.class_token and not encoder.keep_class else "full",
         "vision_config": (clip if encoder.class_token else siglip).their_vit(encoder, tower.view.size), "text_config": text,
         "tie_word_embeddings": cfg.decoder.head == "tied",
-        **{f"{k}_token_id": getattr(ids, k) for k in ("bos", "eos", "pad") if getattr(ids, k) is not None},
+        **special(ids),
     }  # fmt: skip
     return out, their_view(tower.view, encoder)
+
+
+def special(ids: Ids) -> dict[str, int]:
+    return {f"{k}_token_id": getattr(ids, k) for k in ("bos", "eos", "pad") if getattr(ids, k) is not None}
+
+
+def the_tower(cfg: MLLMConfig, family: str, connector: type) -> TowerConfig:
+    """The image tower of a family that has no other input.
+
+    Raises:
+      ConfigError: the model has others, or one of another kind.
+    """
+    if set(cfg.inputs) != {"image"} or cfg.inputs["image"].route != "splice" or not isinstance(cfg.inputs["image"].encoder, ViTConfig):
+        raise ConfigError(f"the family {family!r} has one input, image, spliced from a ViT; the model has {sorted(cfg.inputs)}")
+    tower = cfg.inputs["image"]
+    if not isinstance(tower.connector, connector):
+        raise ConfigError(f"the family {family!r} cannot express the connector {type(tower.connector).__name__}; {connector.__name__} it can")
+    return tower
 
 
 def processor(cfg: MLLMConfig) -> dict[str, Any]:
