@@ -23,16 +23,21 @@ CHUNK_FLOATS = 1 << 24                  # logits of one chunk on one device: 64 
 
 @struct
 class Sums:
-    """Sums over all positions of weight times: the loss (nll + z_loss * log-partition^2), the nll, right guesses."""
+    """Sums over all positions of weight times: the loss, the nll, right guesses."""
 
     loss: jax.Array
     nll: jax.Array
     correct: jax.Array
 
 
-def cross_entropy(hidden: jax.Array, unembed: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0) -> Sums:
-    """f[b s d], f[d v], i32[b s], f32[b s] -> Sums.  Only `loss` has a gradient, to hidden and unembed."""
-    loss, nll, correct = _fused(z_loss, hidden, unembed, targets, weights)
+def cross_entropy(
+    hidden: jax.Array, unembed: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0, smoothing: float = 0.0,
+) -> Sums:
+    """f[b s d], f[d v], i32[b s], f32[b s] -> Sums.  Only `loss` has a gradient, to hidden and unembed.
+
+    The loss is the nll + z_loss * log-partition^2; with `smoothing` that part of the target is spread over all tokens.
+    """
+    loss, nll, correct = _fused((z_loss, smoothing), hidden, unembed, targets, weights)
     return Sums(loss=loss, nll=jax.lax.stop_gradient(nll), correct=jax.lax.stop_gradient(correct))
 
 
@@ -62,17 +67,17 @@ def _logits(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(z_loss, hidden, unembed, targets, weights):
-    return _loop(z_loss, hidden, unembed, targets, weights, False, False)[0]
+def _fused(options, hidden, unembed, targets, weights):
+    return _loop(options, hidden, unembed, targets, weights, False, False)[0]
 
 
-def _forward(z_loss, hidden, unembed, targets, weights):
+def _forward(options, hidden, unembed, targets, weights):
     sums, d_hidden, d_unembed = _loop(
-        z_loss, hidden.value, unembed.value, targets.value, weights.value, hidden.perturbed, unembed.perturbed)
+        options, hidden.value, unembed.value, targets.value, weights.value, hidden.perturbed, unembed.perturbed)
     return sums, (d_hidden, d_unembed, targets.value, weights.value)
 
 
-def _backward(z_loss, saved, cotangents):
+def _backward(options, saved, cotangents):
     d_hidden, d_unembed, targets, weights = saved
     up = cotangents[0]
     up = jnp.zeros(()) if isinstance(up, jax.custom_derivatives.SymbolicZero) else up
@@ -83,10 +88,11 @@ def _backward(z_loss, saved, cotangents):
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _loop(z_loss, hidden, unembed, targets, weights, want_hidden: bool, want_unembed: bool):
+def _loop(options, hidden, unembed, targets, weights, want_hidden: bool, want_unembed: bool):
     """The sums, and where wanted the gradients of the loss with respect to hidden and unembed."""
     b, s, d = hidden.shape
     v = unembed.shape[1]
+    z_loss, smoothing = options
     size = chunk_size(b, s, v)
     order = jnp.argsort(weights == 0, axis=1, stable=True)                  # positions that count come first
     take = lambda x: jnp.pad(
@@ -108,12 +114,14 @@ def _loop(z_loss, hidden, unembed, targets, weights, want_hidden: bool, want_une
         right = (picked >= jnp.max(logits, axis=-1)).astype(jnp.float32)
         nll = lse - picked
         loss = nll + z_loss * lse**2 if z_loss else nll
+        loss = loss + smoothing * (picked - jnp.mean(logits, axis=-1)) if smoothing else loss
         sums = tuple(t + jnp.sum(wi * a) for t, a in zip(sums, (loss, nll, right)))
         if want_hidden or want_unembed:
             coefficient = wi * (1 + 2 * z_loss * lse) if z_loss else wi
             dl = coefficient[..., None] * jnp.exp(logits - lse[..., None])
             hot = jax.lax.broadcasted_iota(jnp.int32, dl.shape, 2) == yi[..., None]
-            dl = (dl - jnp.where(hot, wi[..., None], 0.0)).astype(hidden.dtype)
+            dl = dl - jnp.where(hot, (1 - smoothing) * wi[..., None], 0.0)
+            dl = (dl - wi[..., None] * (smoothing / v) if smoothing else dl).astype(hidden.dtype)
         if want_hidden:
             dx = jax.lax.dynamic_update_slice_in_dim(dx, jnp.einsum("bcv,dv->bcd", dl, matrix), i * size, axis=1)
         if want_unembed:

@@ -15,19 +15,21 @@ class NextToken(Uncorrupted):
     """Cross-entropy of `batch.targets`, averaged over `batch.weights` in the whole batch.
 
     `z_loss` times the square of the log-partition is added, which keeps logits from drifting
-    (PaLM, arXiv:2204.02311, section 5).
+    (PaLM, arXiv:2204.02311, section 5).  `smoothing` is the part of a target that is spread over all tokens; the logged
+    nll is then without it.
     """
 
     weight: float = 1.0
     kind: int | None = None             # only positions of this kind
     z_loss: float = 0.0
+    smoothing: float = 0.0
     whole: ClassVar[bool] = False
 
     def score(self, out: Outputs, batch: Batch) -> dict[str, Mean]:
         weights = batch.weights if self.kind is None else batch.weights * (batch.kinds == self.kind)
-        sums = cross_entropy(out.hidden, out.unembed, batch.targets, weights, self.z_loss)
+        sums = cross_entropy(out.hidden, out.unembed, batch.targets, weights, self.z_loss, self.smoothing)
         count = jnp.sum(weights)
         scores = {"loss": Mean(total=sums.loss, count=count), "accuracy": Mean(total=sums.correct, count=count)}
-        if self.z_loss:
+        if self.z_loss or self.smoothing:
             scores["nll"] = Mean(total=sums.nll, count=count)
         return scores
