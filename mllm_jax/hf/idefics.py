@@ -17,7 +17,7 @@ from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.hf import clip, llama
 from mllm_jax.hf.family import Family, Part, linear, norm, row
-from mllm_jax.hf.options import CLIP_COLOURS, Ids, activation, colours, their_activation, their_view, view
+from mllm_jax.hf.options import CLIP_COLOURS, Ids, colours, their_view, view
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
 from mllm_jax.nn.block_config import BlockConfig

@@ -149,7 +149,8 @@ def test_states_logits_loss_and_gradients(cases, torch, name):
     def run(params):
         model = merge(graph, params)
         o = model(batch)
-        return model.inputs["image"](batch.media["image"]).tokens, ours.decoder_states(model.decoder, model.embed(batch).x, batch), o.hidden, o.hidden @ o.unembed
+        states = ours.decoder_states(model.decoder, model.embed(batch).x, batch)
+        return model.inputs["image"](batch.media["image"]).tokens, states, o.hidden, o.hidden @ o.unembed
 
     features, states, hidden, logits = run(it.params)
     theirs = it.model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
@@ -193,8 +194,9 @@ def test_greedy_answers_of_32_tokens(cases, torch, name):
     at = prompt.positions[:, -1:] + 1 + jnp.arange(n)[None, :, None]
     media = {"image": replace(prompt.media["image"], slot=grow(prompt.media["image"].slot, -1))}
     whole = replace(
-        prompt, tokens=grow(prompt.tokens, made), targets=grow(prompt.targets, 0), weights=grow(prompt.weights, 0.0), segments=grow(prompt.segments, 1),
-        positions=grow(prompt.positions, at), kinds=grow(prompt.kinds, 0), blocks=grow(prompt.blocks, s + jnp.arange(n)), media=media)
+        prompt, tokens=grow(prompt.tokens, made), targets=grow(prompt.targets, 0), weights=grow(prompt.weights, 0.0),
+        segments=grow(prompt.segments, 1), positions=grow(prompt.positions, at), kinds=grow(prompt.kinds, 0),
+        blocks=grow(prompt.blocks, s + jnp.arange(n)), media=media)
     o = jax.jit(lambda params: merge(graph, params)(whole))(it.params)
     np.testing.assert_array_equal(jnp.argmax(o.hidden @ o.unembed, -1)[:, s - 1 : -1], made)
 
