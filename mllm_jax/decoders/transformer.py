@@ -28,6 +28,7 @@ class DecoderConfig(BlockConfig):
     depth: int
     rope: Rope | None = Rope()          # None: positions are learned
     positions: int | None = None        # size of the learned table
+    position_offset: int = 0            # row of the table that is position 0 (2 in OPT and BART)
     causal: bool = True                 # False: a position sees all of its segment (text tower of SigLIP)
     head: str = "own"                   # what makes logits: its "own" matrix, the "tied" embedding, or "none"
     embed_scale: float = 1.0            # factor on the embeddings (Gemma: the root of the width)
@@ -41,7 +42,7 @@ class DecoderConfig(BlockConfig):
         rope = self.rope and replace(self.rope, sections=self.rope.sections and (2, 1, 1))
         return replace(
             self, vocab=264, width=32, depth=max(2, len(self.cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
-            head_dim=None, rope=rope, positions=self.positions and 320, cycle=tuple(layer.tiny() for layer in self.cycle),
+            head_dim=None, rope=rope, positions=self.positions and 320 + self.position_offset, cycle=tuple(layer.tiny() for layer in self.cycle),
             embed_scale=self.embed_scale if self.embed_scale == 1 else 32**0.5)
 
     @property
@@ -77,6 +78,10 @@ GEMMA3_4B = replace(
 GEMMA3_12B = replace(GEMMA3_4B, width=3840, depth=48, heads=16, kv_heads=8, mlp=15_360, embed_scale=3840**0.5)
 GEMMA3_27B = replace(
     GEMMA3_4B, width=5376, depth=62, heads=32, kv_heads=16, head_dim=128, mlp=21_504, embed_scale=5376**0.5, query_scale=168**-0.5)
+OPT_2_7B = DecoderConfig(
+    vocab=50_272, width=2560, depth=32, heads=32, mlp=10_240, gated=False, activation="relu", norm=LayerNorm(), qkv_bias=True,
+    out_bias=True, mlp_bias=True, rope=None, positions=2050, position_offset=2, head="tied")
+OPT_6_7B = replace(OPT_2_7B, width=4096, mlp=16_384)
 CLIP_TEXT_L = DecoderConfig(
     vocab=49_408, width=768, depth=12, heads=12, mlp=3072, gated=False, activation="quick_gelu", norm=LayerNorm(),
     qkv_bias=True, out_bias=True, mlp_bias=True, rope=None, positions=77, head="none")
@@ -132,8 +137,7 @@ class Decoder(nnx.Module):
 
         `deep` f[n b s d] is added to what the first n layers give (DeepStack, arXiv:2406.04334).
         """
-        if self.position is not None:
-            x = x + lookup(self.position[...], batch.positions[..., 0], "position").astype(x.dtype)
+        x = self.locate(x, batch.positions)
         new = memory is not None
         if cache is not None:
             memory = cache.memory if memory is None else memory
@@ -161,6 +165,12 @@ class Decoder(nnx.Module):
             keys = tuple(kept for _, kept in outs) if new else cache.keys
             cache = replace(cache, k=kv[0], v=kv[1], index=cache.index + x.shape[1], keys=keys)
         return self.norm(x), aux, cache
+
+    def locate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Embeddings f[b s d] with the learned vectors of i32[b s 3] added, where positions are learned."""
+        if self.position is None:
+            return x
+        return x + lookup(self.position[...], positions[..., 0] + self.cfg.position_offset, "position").astype(x.dtype)
 
     def scene(self, batch: Batch, memory: Memory | None = None) -> Scene:
         sees = visibility.of_batch(batch, causal=self.cfg.causal)

@@ -40,8 +40,7 @@ def media(rows: list[list[bytes]], view, patch: int, slot: np.ndarray) -> Media:
 def decoder_states(decoder, x, b: Batch) -> list[jax.Array]:
     """What enters each layer, and what leaves the last, before the norm."""
     cfg, scene, rotations = decoder.cfg, decoder.scene(b), decoder.rotations(b.positions)
-    if decoder.position is not None:
-        x = x + jnp.take(decoder.position[...], b.positions[..., 0], axis=0)
+    x = decoder.locate(x, b.positions)
 
     def step(carry, layer, i, j):
         x, states = carry

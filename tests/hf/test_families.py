@@ -40,6 +40,10 @@ PUBLISHED = {
         "qwen3", llm.QWEN3_8B,
         {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36, "head_dim": 128,
          "num_key_value_heads": 8, "rope_theta": 1000000, "vocab_size": 151936, "max_position_embeddings": 40960}),
+    "facebook/opt-2.7b": (
+        "opt", llm.OPT_2_7B,
+        {"activation_function": "relu", "do_layer_norm_before": True, "ffn_dim": 10240, "hidden_size": 2560, "max_position_embeddings": 2048,
+         "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 50272, "word_embed_proj_dim": 2560}),
     "google/gemma-2b": (
         "gemma", llm.GEMMA_2B,
         {"hidden_act": "gelu", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18,

@@ -36,6 +36,9 @@ DECODERS = {
     "gemma3_text": lambda: hf.Gemma3TextConfig(
         **LM | {"num_hidden_layers": 4}, head_dim=12, sliding_window=10, query_pre_attn_scalar=20, pad_token_id=None,
         layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=GEMMA3_ROPES),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+        pad_token_id=None),             # whose gradient torch would leave out
     "llama_linear": lambda: hf.LlamaConfig(**LM, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
 }
 TOWERS = {
