@@ -5,13 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.config import ConfigError
-from mllm_jax.hf import clip, gemma, gemma3, llama, llava, opt, paligemma, qwen, siglip
+from mllm_jax.hf import (
+    clip,
+    gemma,
+    gemma3,
+    llama,
+    llava,
+    llava_next,
+    opt,
+    paligemma,
+    qwen,
+    siglip,
+)
 from mllm_jax.hf.family import CannotExpress, Family
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
-    for f in (clip.CLIP, clip.CLIP_VISION, siglip.SIGLIP, siglip.SIGLIP_VISION, llama.LLAMA, llama.MISTRAL, qwen.QWEN2,
-              qwen.QWEN3, gemma.GEMMA, gemma.GEMMA3_TEXT, opt.OPT, paligemma.PALIGEMMA, gemma3.GEMMA3, llava.LLAVA)
+    for f in (
+        clip.CLIP, clip.CLIP_VISION, siglip.SIGLIP, siglip.SIGLIP_VISION,
+        llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA, gemma.GEMMA3_TEXT, opt.OPT,
+        paligemma.PALIGEMMA,
+        gemma3.GEMMA3,
+        llava_next.LLAVA_NEXT,
+        llava.LLAVA,                    # what no other one takes
+    )
 }  # fmt: skip
 
 

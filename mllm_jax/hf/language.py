@@ -20,6 +20,12 @@ def decoder(text: Mapping[str, Any], where: str, *, tied: bool | None = None) ->
     return DECODERS[kind].config({**text, **({} if tied is None else {"tie_word_embeddings": tied})}, {})
 
 
+def of_model(hf: Mapping[str, Any], where: str) -> DecoderConfig:
+    """The language model of a configuration that has a `text_config`; its head is tied if either says so."""
+    text = hf.get("text_config") or {}
+    return decoder(text, where, tied=hf.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+
+
 def their_decoder(cfg: DecoderConfig, ids: Ids) -> dict[str, Any]:
     """The `text_config` of a decoder of ours."""
     for found in DECODERS.values():

@@ -28,41 +28,53 @@ TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_s
 
 
 def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
-    vision, text = hf.get("vision_config") or {}, hf.get("text_config") or {}
+    encoder, connector, size = parts(hf, pre, "llava")
+    image = TowerConfig(view=view(pre, size, crop=encoder.class_token), encoder=encoder, connector=connector)
+    return MLLMConfig(inputs={"image": image}, decoder=language.of_model(hf, "llava"))
+
+
+def parts(hf: Mapping[str, Any], pre: Mapping[str, Any], where: str) -> tuple[ViTConfig, MLPConfig, int]:
+    """(encoder, connector, side of an image in pixels) of a configuration of this family or one like it."""
+    vision = hf.get("vision_config") or {}
     vision = (TOWER if vision.get("model_type", "clip_vision_model") == "clip_vision_model" else {}) | vision
     kind = vision["model_type"]
     if kind not in TOWERS:
-        raise ConfigError(f"llava with {kind} is not supported; supported are {', '.join(TOWERS)}")
-    strategy, layer = hf.get("vision_feature_select_strategy", "default"), hf.get("vision_feature_layer", -2)
+        raise ConfigError(f"{where} with {kind} is not supported; supported are {', '.join(TOWERS)}")
+    select, layer = hf.get("vision_feature_select_strategy", "default"), hf.get("vision_feature_layer", -2)
     encoder = TOWERS[kind](vision, pre)
     if not isinstance(layer, int):
-        raise ConfigError(f"llava: vision_feature_layer={layer}; features of one layer are supported")
-    if strategy not in (("default", "full") if encoder.class_token else ("full",)):
-        raise ConfigError(f"llava: vision_feature_select_strategy={strategy!r} would drop the first patch of {kind}, "
+        raise ConfigError(f"{where}: vision_feature_layer={layer}; features of one layer are supported")
+    if select not in (("default", "full") if encoder.class_token else ("full",)):
+        raise ConfigError(f"{where}: vision_feature_select_strategy={select!r} would drop the first patch of {kind}, "
                           "which has no class token; only 'full' is supported there")
-    encoder = replace(encoder, layer=layer, final_norm=False, keep_class=encoder.class_token and strategy == "full")
+    encoder = replace(encoder, layer=layer, final_norm=False, keep_class=encoder.class_token and select == "full")
     connector = MLPConfig(depth=2, activation=activation(hf.get("projector_hidden_act", "gelu")),
                           bias=hf.get("multimodal_projector_bias", True))
-    image = TowerConfig(
-        view=view(pre, vision["image_size"], crop=encoder.class_token), encoder=encoder, connector=connector)
-    tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    return MLLMConfig(inputs={"image": image}, decoder=language.decoder(text, "llava", tied=tied))
+    return encoder, connector, vision["image_size"]
 
 
 def hf_config(cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:
     tower = the_tower(cfg, "llava", MLPConfig)
+    n = tower.encoder.grid**2 + tower.encoder.keep_class
+    return their_parts(cfg, ids, "llava") | {"image_seq_length": n}, their_view(tower.view, tower.encoder)
+
+
+def their_parts(cfg: MLLMConfig, ids: Ids, model_type: str) -> dict[str, Any]:
+    """The configuration of this family or one like it."""
+    tower = cfg.inputs["image"]
     encoder, connector = tower.encoder, tower.connector
-    text = language.their_decoder(cfg.decoder, ids)
-    out = {
-        "model_type": "llava", "image_token_index": ids.image, "image_seq_length": encoder.grid**2 + encoder.keep_class,
+    return {
+        "model_type": model_type, "image_token_index": ids.image,
         "projector_hidden_act": their_activation(connector.activation), "multimodal_projector_bias": connector.bias,
-        "vision_feature_layer": encoder.layer,
-        "vision_feature_select_strategy": "default" if encoder.class_token and not encoder.keep_class else "full",
-        "vision_config": (clip if encoder.class_token else siglip).their_vit(encoder, tower.view.size), "text_config": text,
-        "tie_word_embeddings": cfg.decoder.head == "tied",
+        "vision_feature_layer": encoder.layer, "vision_feature_select_strategy": strategy(encoder),
+        "vision_config": (clip if encoder.class_token else siglip).their_vit(encoder, tower.view.size),
+        "text_config": language.their_decoder(cfg.decoder, ids), "tie_word_embeddings": cfg.decoder.head == "tied",
         **special(ids),
     }  # fmt: skip
-    return out, their_view(tower.view, encoder)
+
+
+def strategy(encoder: ViTConfig) -> str:
+    return "default" if encoder.class_token and not encoder.keep_class else "full"
 
 
 def special(ids: Ids) -> dict[str, int]:
@@ -89,15 +101,18 @@ def processor(cfg: MLLMConfig) -> dict[str, Any]:
     return {
         "image_token": "<image>", "patch_size": encoder.patch,
         "num_additional_image_tokens": int(encoder.class_token),
-        "vision_feature_select_strategy": "default" if encoder.class_token and not encoder.keep_class else "full",
+        "vision_feature_select_strategy": strategy(encoder),
     }  # fmt: skip
 
 
 # Of all families that put a tower before a language model.
 TOWER_PART = Part(theirs="vision_tower.vision_model.", ours="inputs/image/encoder/", rows=clip.IMAGE + siglip.POOL,
                   of=lambda c: c.inputs["image"].encoder)
+CONNECTOR_PART = Part(theirs="multi_modal_projector.", ours="inputs/image/connector/", rows=CONNECTOR,
+                      of=lambda c: c.inputs["image"].connector)
+DECODER_PART = Part(theirs="language_model.", ours="decoder/", rows=llama.ROWS, of=lambda c: c.decoder)
 LAYOUTS = (
-    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
@@ -105,12 +120,7 @@ LAYOUTS = (
 LLAVA = Family(
     model_type="llava", architecture="LlavaForConditionalGeneration", config=config, hf_config=hf_config,
     like=lambda c: isinstance(c, MLLMConfig), processor=processor, processor_class="LlavaProcessor",
-    parts=(
-        TOWER_PART,
-        Part(theirs="multi_modal_projector.", ours="inputs/image/connector/", rows=CONNECTOR,
-             of=lambda c: c.inputs["image"].connector),
-        Part(theirs="language_model.", ours="decoder/", rows=llama.ROWS, of=lambda c: c.decoder),
-    ),
+    parts=(TOWER_PART, CONNECTOR_PART, DECODER_PART),
     layouts=LAYOUTS,
     ignore=(*clip.BUFFERS, *llama.BUFFERS),
     # Its pooled vector is not used, and the class of a tower without attention pooling is the same to transformers.

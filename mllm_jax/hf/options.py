@@ -13,7 +13,7 @@ ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
 }  # fmt: skip
-RESAMPLE = {2: "bilinear", 3: "bicubic"}                        # numbers of PIL
+RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}                        # numbers of PIL
 LONGEST_CYCLE = 8
 
 
@@ -89,24 +89,34 @@ def view(pre: Mapping[str, Any], size: int, *, crop: bool) -> Square | Pad:
     Raises:
       ConfigError: it does something that no view does.
     """
-    for key, usual in (("do_resize", True), ("do_rescale", True), ("do_normalize", True)):
-        if pre.get(key, usual) is not usual:
-            raise ConfigError(f"the image processor says {key}={pre[key]}; only {usual} is supported")
-    if pre.get("resample", 3) not in RESAMPLE:
-        raise ConfigError(f"the image processor says resample={pre['resample']}; supported are {RESAMPLE}")
+    resample = resampling(pre)
     named = pre.get("image_processor_type", "")
     crop = pre.get("do_center_crop", not named.startswith("Siglip") if named else crop)
     sizes = [pre[k] for k in ("crop_size", "size") if pre.get(k) is not None and (k == "size" or crop)]
     numbers = {n for s in sizes for n in ([s] if isinstance(s, int) else s.values())} or {size}
     if len(numbers) > 1:
         raise ConfigError(f"the image processor resizes and crops to different sizes {sorted(numbers)}; one is supported")
-    resample, (size,) = RESAMPLE[pre.get("resample", 3)], numbers
+    (size,) = numbers
     if pre.get("do_pad"):
         mean = pre.get("image_mean") or CLIP_MEAN
         return Pad(size=size, fill=tuple(int(m * 255) for m in mean), resample=resample)
     if not crop and pre and isinstance(pre.get("size"), Mapping) and "shortest_edge" in pre["size"]:
         raise ConfigError("the image processor keeps the aspect ratio without cropping; images would differ in size")
     return Square(size=size, crop=crop, resample=resample)
+
+
+def resampling(pre: Mapping[str, Any], usual: int = 3) -> str:
+    """The filter of an image processor that resizes, rescales and normalizes; otherwise a ConfigError."""
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if pre.get(key, True) is not True:
+            raise ConfigError(f"the image processor says {key}={pre[key]}; only True is supported")
+    if pre.get("resample", usual) not in RESAMPLE:
+        raise ConfigError(f"the image processor says resample={pre['resample']}; supported are {RESAMPLE}")
+    return RESAMPLE[pre.get("resample", usual)]
+
+
+def their_resampling(name: str) -> int:
+    return next(number for number, ours in RESAMPLE.items() if ours == name)
 
 
 def colours(pre: Mapping[str, Any], default: tuple) -> dict[str, tuple[float, ...]]:
@@ -127,12 +137,16 @@ def their_view(v: Any, encoder: ViTConfig) -> dict[str, Any]:
     return {
         "image_processor_type": name,
         "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": v.size} if crop else square,
-        "resample": {n: k for k, n in RESAMPLE.items()}[v.resample],
+        "resample": their_resampling(v.resample),
         **({"do_center_crop": True, "crop_size": square} if crop else {}),
-        **({"do_pad": True} if isinstance(v, Pad) else {}),
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(encoder.mean), "image_std": list(encoder.std),
+        **({"do_pad": True} if isinstance(v, Pad) else {}), **their_colours(encoder),
     }  # fmt: skip
+
+
+def their_colours(encoder: ViTConfig) -> dict[str, Any]:
+    """What every image processor does with pixels that have their size."""
+    return {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(encoder.mean), "image_std": list(encoder.std)}
 
 
 @config
