@@ -1,6 +1,9 @@
 """`mllm-jax compare`: a system as its difference from another."""
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
 
 from mllm_jax.commands import common
 
@@ -10,6 +13,7 @@ examples:
   mllm-jax compare projector/llava projector/llava_15
   mllm-jax compare projector/llava_15 projector/llava_15:size=13b
 """
+WIDTH = 140                             # a stage or a model that only one has is not printed to its end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +27,28 @@ def run(args: argparse.Namespace) -> int:
 
     a, b = (common.load_recipe(name, tiny=args.tiny) for name in (args.a, args.b))
     for path, (left, right) in compare(a, b).items():
-        print(f"{path}\n  - {left}\n  + {right}")
+        print(f"{path}\n  - {line(left)}\n  + {line(right)}")
     if a == b:
         print("no difference")
     return 0
+
+
+def line(value: Any) -> str:
+    text = value if isinstance(value, str) else written(value)
+    return text if len(text) <= WIDTH else text[: WIDTH - 4] + " ..."
+
+
+def written(value: Any) -> str:
+    """A value as one would write it: fields that are at their defaults are left out."""
+    if is_dataclass(value) and not isinstance(value, type):
+        given = (f"{f.name}={written(x)}" for f in fields(value) if (x := getattr(value, f.name)) != _default(f))
+        return f"{type(value).__name__}({', '.join(given)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(written, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{written(k)}: {written(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _default(field: Field) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
