@@ -208,8 +208,7 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
         if hasattr(p.model, "decoder"):
             if p.towers:
                 yield "", "splice", shape(x), "by slot, where slot >= 0"
-            d = p.model.decoder
-            yield "", "decoder", shape(out.hidden), f"{d.depth} layers; sees {'earlier positions' if d.causal else 'all'} of its segment"
+            yield "", "decoder", shape(out.hidden), sight(p.model)
         else:
             text = trace(lambda model, batch: model.text(model.text.embed(batch.tokens), batch)[0])
             yield "", "text tower", shape(text), f"{p.model.text.depth} layers; the vector is that of the last position"
@@ -229,6 +228,15 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
 def room_of(n: int, modality: str, tower: Any) -> str:
     """The room of a row in what it is counted in, "3 images" or "5 image tiles"."""
     return f"{n} {modality}" + (" patches" if tower.view.packed else " tiles" if tower.room > 1 else "s" * (n > 1))
+
+
+def sight(model: Any) -> str:
+    """How many layers the decoder has, and what a position sees in them."""
+    d, sees = model.decoder, {way.sees for tower in model.inputs.values() for way in tower.kinds.values()}
+    near = [w for i in range(d.depth) if (w := getattr(d.cycle[i % len(d.cycle)], "window", None))]
+    return f"{d.depth} layers; sees {'earlier positions' if d.causal else 'all'} of its segment" + (
+        f", in {len(near)} layers the last {near[0]} alone" if near else "") + (
+        ", and all of its own image" if "item" in sees else "") + (", and all before the answer one another" if "prefix" in sees else "")
 
 
 def tower_name(tower: Any) -> str:

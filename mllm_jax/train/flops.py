@@ -76,17 +76,18 @@ def flops_by_part(model: Any, trained: Collection[str], counts: Counts) -> dict[
     return out
 
 
-def _block(cfg: BlockConfig, path: str, layers: float, tokens: float, pairs: float) -> list[Matmul]:
-    """A stack of transformer layers at `path`: so many layers, tokens and visible pairs in each layer."""
+def _block(cfg: BlockConfig, path: str, layers: float, tokens: float, pairs: float, after: str = "") -> list[Matmul]:
+    """A stack of transformer layers at `path`: so many layers, tokens and visible pairs in each layer; `after` as in Matmul."""
+    after = after or path
     d, h, g = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads
     k, n = cfg.head_dim or d // h, layers * tokens
     heads = {"q": (d, h * k), "k": (d, g * k), "v": (d, g * k), "o": (h * k, d)}
     wide = {"gate": (d, cfg.mlp)} if cfg.gated else {}
     wide |= {"up": (d, cfg.mlp), "down": (cfg.mlp, d)}
     named = {f"attn/{x}": s for x, s in heads.items()} | {f"mlp/{x}": s for x, s in wide.items()}
-    out = [Matmul(path=f"{path}/{x}/kernel", inputs=i, outputs=o, times=n, after=path) for x, (i, o) in named.items()]
+    out = [Matmul(path=f"{path}/{x}/kernel", inputs=i, outputs=o, times=n, after=after) for x, (i, o) in named.items()]
     # Scores and their product with the values: 2 k operations for each pair and head, twice.
-    return [*out, Matmul(path="", inputs=2 * k, outputs=h, times=layers * pairs, after=path)]
+    return [*out, Matmul(path="", inputs=2 * k, outputs=h, times=layers * pairs, after=after)]
 
 
 def _vit(cfg: ViTConfig, path: str, items: float, depth: int, pooled: bool, trains: Trains) -> Iterator[Product]:
@@ -106,12 +107,26 @@ def _vit(cfg: ViTConfig, path: str, items: float, depth: int, pooled: bool, trai
 
 def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains: Trains) -> Iterator[Product]:
     passes = passes or any(trains(f"{path}/{x}") for x in ("embedding", "position"))
-    pairs = (counts.squares + counts.tokens) / 2 if cfg.causal else counts.squares
-    yield path, passes, _block(cfg, f"{path}/blocks/0", cfg.depth, counts.tokens, pairs)
+    for j, layer in enumerate(cfg.cycle):
+        layers = len(range(j, cfg.depth, len(cfg.cycle)))
+        yield path, passes, _block(cfg, f"{path}/blocks/{j}", layers, counts.tokens, _pairs(cfg, layer.window, counts), f"{path}/blocks")
     if cfg.head != "none":
         passes = passes or trains(f"{path}/blocks") or trains(f"{path}/norm")
         matrix = f"{path}/head" if cfg.head == "own" else f"{path}/embedding/table"
         yield path, passes, [Matmul(path=matrix, inputs=cfg.width, outputs=cfg.vocab, times=counts.trained)]
+
+
+def _pairs(cfg: DecoderConfig, window: int | None, counts: Counts) -> float:
+    """Visible pairs of a layer; with a window those of examples as long as a position's is on average.
+
+    What media tokens see of one another ahead (`sees`) is not counted.
+    """
+    if not cfg.causal:
+        return counts.squares
+    length = counts.squares / counts.tokens if counts.tokens else 0
+    if window is None or length <= window:
+        return (counts.squares + counts.tokens) / 2
+    return counts.tokens * (window - window * (window - 1) / (2 * length))
 
 
 def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:

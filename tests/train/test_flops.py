@@ -11,6 +11,7 @@ from flax import nnx
 
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.data.views import Square
+from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
@@ -130,6 +131,17 @@ def test_hand_count_of_a_frozen_and_a_trained_layer():
     assert step_flops(model, {"decoder/head"}, counts) == 2 * weights * 5 + 4 * 4 * pairs + 4 * 4 * 10 * 2
     below = {"decoder/embedding/table"}
     assert step_flops(model, below, counts) == 4 * weights * 5 + 12 * 4 * pairs + 4 * 4 * 10 * 2
+
+
+def test_layers_with_a_window_see_no_more_pairs_than_it():
+    llm = DecoderConfig(vocab=10, width=4, depth=5, heads=1, mlp=8, cycle=(Layer(window=3), Layer(window=3), Layer()))
+    model = MLLMConfig(inputs={}, decoder=llm)
+    two = Counts(rows=2, tokens=12, squares=2 * 6**2, trained=0)            # two examples of 6: 1 + 2 + 3 * 4 = 15 pairs, or 21
+    weights = 5 * (4 * 4 * 4 + 3 * 4 * 8)
+    assert step_flops(model, set(), two) == 2 * weights * 12 + 4 * 4 * 2 * (4 * 15 + 21)
+    assert step_flops(model, set(), Counts(tokens=6, squares=18)) == 2 * weights * 6 + 4 * 4 * 5 * 2 * 6        # 3 fit into it
+    whole = step_flops(model, {"decoder/blocks/2/mlp/up/kernel"}, two)
+    assert whole - step_flops(model, set(), two) == 2 * 4 * 8 * 12 + 2 * weights * 12 + 2 * 4 * 4 * 2 * (4 * 15 + 21)
 
 
 def test_padding_and_missing_images_cost_nothing():
