@@ -4,6 +4,7 @@ What layers do not have in common is in their `cycle`: windows, experts, what re
 """
 
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -40,9 +41,10 @@ class DecoderConfig(BlockConfig):
 
     def tiny(self) -> "DecoderConfig":
         rope = self.rope and replace(self.rope, sections=self.rope.sections and (2, 1, 1))
+        cycle = tuple(layer.tiny() for layer, _ in groupby(self.cycle))         # of neighbours that are alike, one
         return replace(
-            self, vocab=264, width=32, depth=max(2, len(self.cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
-            head_dim=None, rope=rope, positions=self.positions and 320 + self.position_offset, cycle=tuple(layer.tiny() for layer in self.cycle),
+            self, vocab=264, width=32, depth=max(2, len(cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
+            head_dim=None, rope=rope, positions=self.positions and 320 + self.position_offset, cycle=cycle,
             embed_scale=self.embed_scale if self.embed_scale == 1 else 32**0.5)
 
     @property
