@@ -29,6 +29,7 @@ from tests.synthetic import batch_for
 KNOBS = {
     "contrastive/clip": ("size=b32", "size=b16", "size=l14"),
     "contrastive/siglip": ("size=b16", "size=so400m"),
+    "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
     "projector/llava_15": ("size=7b", "size=13b"),
 }
 NAMES = recipe_names()

@@ -80,6 +80,8 @@ DATASETS = {
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"
     ),
+    # WebLI, CC3M-35L, VQ2A-CC3M-35L, OpenImages and WIT as PaliGemma mixes them, in weights that are not published.
+    "paligemma_mixture": Dataset(format="webdataset", url="https://arxiv.org/abs/2407.07726", licence="not public"),
     "webli": Dataset(
         format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"
     ),

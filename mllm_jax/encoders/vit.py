@@ -90,6 +90,7 @@ SIGLIP_B16_224 = ViTConfig(
     pre_norm=False, final_norm=True, pool="map", activation="gelu_tanh", norm=LayerNorm(eps=1e-6),
 )
 SIGLIP_SO400M_384 = replace(SIGLIP_B16_224, width=1152, depth=27, heads=16, mlp=4304, patch=14, grid=27)
+SIGLIP_SO400M_224 = replace(SIGLIP_SO400M_384, grid=16)
 # EVA-CLIP (arXiv:2211.07636) as BLIP-2 reads it: the last of 40 layers is left out, and a norm that its reader trains is put
 # in its place.  The norm has this eps in transformers; in the code of the paper (LAVIS) it has 1e-5.
 EVA_G14_224 = ViTConfig(

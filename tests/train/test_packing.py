@@ -41,10 +41,10 @@ def examples() -> list[Example]:
     return out
 
 
-@pytest.fixture(scope="module")
-def batches() -> tuple[object, Batch, Batch, list[Row]]:
+@pytest.fixture(scope="module", params=["llava_15", "paligemma", "gemma3"])     # causal, prefixes, spans and windows
+def batches(request: pytest.FixtureRequest) -> tuple[object, Batch, Batch, list[Row]]:
     """(model, packed batch, one example per row, packed rows)."""
-    recipe = load("projector/llava_15").tiny()
+    recipe = load(f"projector/{request.param}").tiny()
     model = replace(recipe.model, decoder=replace(recipe.model.decoder, kv_heads=2))
     tokenizer = load_tokenizer("bytes")
     spec = row_spec(SEQ, {"image": 3}, model.inputs, tokenizer.pad_token_id)
