@@ -70,6 +70,8 @@ QWEN2_7B = DecoderConfig(
     vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, mlp=18_944, qkv_bias=True, rope=Rope(theta=1e6))
 QWEN3_8B = DecoderConfig(
     vocab=151_936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp=12_288, qk_norm=True, rope=Rope(theta=1e6))
+STABLELM_2_1_6B = DecoderConfig(
+    vocab=100_352, width=2048, depth=24, heads=32, mlp=5632, norm=LayerNorm(), qkv_bias=True, rope=Rope(part=0.25))
 GEMMA_2B = DecoderConfig(
     vocab=256_000, width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp=16_384, activation="gelu_tanh",
     norm=RMSNorm(offset=1.0), head="tied", embed_scale=2048**0.5)

@@ -16,6 +16,7 @@ from mllm_jax.hf import (
     paligemma,
     qwen,
     siglip,
+    stablelm,
 )
 from mllm_jax.hf.family import CannotExpress, Family
 
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     for f in (
         clip.CLIP, clip.CLIP_VISION, siglip.SIGLIP, siglip.SIGLIP_VISION,
         llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA, gemma.GEMMA3_TEXT, opt.OPT,
+        stablelm.STABLELM,
         paligemma.PALIGEMMA,
         gemma3.GEMMA3,
         llava_next.LLAVA_NEXT,

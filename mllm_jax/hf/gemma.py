@@ -27,7 +27,7 @@ GEMMA3_DEFAULTS = DEFAULTS | OWN | {
     "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
 }  # fmt: skip
 GEMMA3_ROWS = (
-    *(r for r in ROWS if not r.ours.endswith("norm2/scale")),
+    *(r for r in ROWS if "/norm2/" not in r.ours),
     row("model.layers.{i}.post_attention_layernorm.weight", "blocks/0/norm1_after/scale"),
     row("model.layers.{i}.pre_feedforward_layernorm.weight", "blocks/0/norm2/scale"),
     row("model.layers.{i}.post_feedforward_layernorm.weight", "blocks/0/norm2_after/scale"),

@@ -5,11 +5,14 @@ from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.decoders.transformer import DecoderConfig
-from mllm_jax.hf import gemma, llama, opt, qwen
+from mllm_jax.hf import gemma, llama, opt, qwen, stablelm
 from mllm_jax.hf.family import CannotExpress, Family
 from mllm_jax.hf.options import Ids
 
-DECODERS: dict[str, Family] = {f.model_type: f for f in (llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA, opt.OPT)}
+DECODERS: dict[str, Family] = {
+    f.model_type: f
+    for f in (llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA, opt.OPT, stablelm.STABLELM)
+}  # fmt: skip
 
 
 def decoder(text: Mapping[str, Any], where: str, *, tied: bool | None = None) -> DecoderConfig:

@@ -9,26 +9,26 @@ from typing import Any
 from mllm_jax.config import ConfigError
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
-from mllm_jax.hf.family import Family, Part, linear, row
+from mllm_jax.hf.family import Family, Part, linear, norm, row
 from mllm_jax.hf.options import Ids, activation, cycle, rope, their_activation, their_rope, window
 from mllm_jax.nn.param import RMSNorm
 
 ROWS = (
     row("model.embed_tokens.weight", "embedding/table"),
     *(row("model.layers.{i}." + r.theirs, "blocks/0/" + r.ours, r.how) for r in (
-        row("input_layernorm.weight", "norm1/scale"),
+        *norm("input_layernorm", "norm1"),
         *linear("self_attn.q_proj", "attn/q", "(h k) d -> d h k", "(h k) -> h k"),
         *linear("self_attn.k_proj", "attn/k", "(g k) d -> d g k", "(g k) -> g k"),
         *linear("self_attn.v_proj", "attn/v", "(g k) d -> d g k", "(g k) -> g k"),
         *linear("self_attn.o_proj", "attn/o", "d (h k) -> h k d"),
         row("self_attn.q_norm.weight", "attn/q_norm/scale"),
         row("self_attn.k_norm.weight", "attn/k_norm/scale"),
-        row("post_attention_layernorm.weight", "norm2/scale"),
+        *norm("post_attention_layernorm", "norm2"),
         *linear("mlp.gate_proj", "mlp/gate", "f d -> d f"),
         *linear("mlp.up_proj", "mlp/up", "f d -> d f"),
         *linear("mlp.down_proj", "mlp/down", "d f -> f d"),
     )),
-    row("model.norm.weight", "norm/scale"),
+    *norm("model.norm", "norm"),
     row("lm_head.weight", "head", "v d -> d v"),
 )  # fmt: skip
 # The frequencies are computed; a tied head is the embedding, also where a file repeats it.

@@ -49,14 +49,15 @@ class Rope:
     sections: tuple[int, int, int] | None = None
     interleaved: bool = False
     axial: bool = False
+    part: float = 1.0                   # of a head that turns, its first numbers; the others stay as they are (GPT-NeoX, StableLM)
     scaling: Llama3Scaling | LinearScaling | None = None
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """(f64[k/2] radians per position, i64[k/2] which axis of the positions)."""
-        half = head_dim // 2
+        """(f64[r] radians per position, i64[r] which axis of the positions), r half of what turns of a head."""
+        half = int(head_dim * self.part) // 2
         sections = self.sections or (half, 0, 0)
         if sum(sections) != half:
-            raise ValueError(f"rotary sections {sections} must add up to half the head width, {half}")
+            raise ValueError(f"rotary sections {sections} must add up to half of what turns of a head, {half}")
         series = lambda n: self.theta ** (-np.arange(n) / n)
         freqs = np.concatenate([series(n) for n in sections if n]) if self.axial else series(half)
         axis = np.repeat(np.arange(3), sections)
@@ -76,16 +77,16 @@ class Rope:
 
 @struct
 class Rotation:
-    """Cosines and sines f32[b s k/2], computed once for all layers."""
+    """Cosines and sines f32[b s r] of the first 2 r numbers of a head, computed once for all layers."""
 
     cos: jax.Array
     sin: jax.Array
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b s h k] -> f[b s h k]."""
-        x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        x1, x2, rest = jnp.split(x.astype(jnp.float32), [self.cos.shape[-1], 2 * self.cos.shape[-1]], axis=-1)
         cos, sin = self.cos[:, :, None], self.sin[:, :, None]
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1).astype(x.dtype)
 
 
 def interpolate(table: jax.Array, side: int) -> jax.Array:

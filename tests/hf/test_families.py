@@ -44,6 +44,11 @@ PUBLISHED = {
         "opt", llm.OPT_2_7B,
         {"activation_function": "relu", "do_layer_norm_before": True, "ffn_dim": 10240, "hidden_size": 2560, "max_position_embeddings": 2048,
          "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 50272, "word_embed_proj_dim": 2560}),
+    "stabilityai/stablelm-2-1_6b": (
+        "stablelm", llm.STABLELM_2_1_6B,
+        {"hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5632, "layer_norm_eps": 1e-5, "max_position_embeddings": 4096,
+         "num_attention_heads": 32, "num_hidden_layers": 24, "num_key_value_heads": 32, "partial_rotary_factor": 0.25,
+         "rope_theta": 10000, "use_qkv_bias": True, "vocab_size": 100352}),
     "google/gemma-2b": (
         "gemma", llm.GEMMA_2B,
         {"hidden_act": "gelu", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18,

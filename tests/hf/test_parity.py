@@ -39,7 +39,7 @@ def check_gradients(saved, cfg, gradients, least: int):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama_biased", "llama_linear", "mistral_window", "qwen2_window",
-                                  "gemma", "gemma3_text", "opt"])
+                                  "gemma", "gemma3_text", "opt", "stablelm"])
 def test_language_model(saved, torch, name):
     from tests.hf import tiny
 

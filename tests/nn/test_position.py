@@ -61,5 +61,5 @@ def test_sections_turn_with_their_axis():
     row = same.at[..., 1].add(3)
     changed = np.asarray(Rope(sections=(2, 3, 3))(row, 16)(x) != Rope()(same, 16)(x)).any((0, 1, 2))
     np.testing.assert_array_equal(changed, [False] * 2 + [True] * 3 + [False] * 5 + [True] * 3 + [False] * 3)
-    with pytest.raises(ValueError, match="must add up to half the head width, 8"):
+    with pytest.raises(ValueError, match="must add up to half of what turns of a head, 8"):
         Rope(sections=(2, 3, 4)).frequencies(16)
