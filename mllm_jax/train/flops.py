@@ -27,6 +27,7 @@ from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.lora import LoRA
+from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.train.flops_connectors import CONNECTORS
 from mllm_jax.train.matmul import Matmul, Product, Trains
 from mllm_jax.types import record
@@ -76,16 +77,25 @@ def flops_by_part(model: Any, trained: Collection[str], counts: Counts) -> dict[
     return out
 
 
-def _block(cfg: BlockConfig, path: str, layers: float, tokens: float, pairs: float, after: str = "") -> list[Matmul]:
-    """A stack of transformer layers at `path`: so many layers, tokens and visible pairs in each layer; `after` as in Matmul."""
+def _block(
+    cfg: BlockConfig, path: str, layers: float, tokens: float, pairs: float, *, moe: MoEConfig | None = None, after: str = "",
+) -> list[Matmul]:
+    """A stack of transformer layers at `path`: so many layers, tokens and visible pairs in each layer.
+
+    Of experts those count that a token chooses, whether or not they have room for it.
+    """
     after = after or path
     d, h, g = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads
     k, n = cfg.head_dim or d // h, layers * tokens
     heads = {"q": (d, h * k), "k": (d, g * k), "v": (d, g * k), "o": (h * k, d)}
     wide = {"gate": (d, cfg.mlp)} if cfg.gated else {}
     wide |= {"up": (d, cfg.mlp), "down": (cfg.mlp, d)}
-    named = {f"attn/{x}": s for x, s in heads.items()} | {f"mlp/{x}": s for x, s in wide.items()}
-    out = [Matmul(path=f"{path}/{x}/kernel", inputs=i, outputs=o, times=n, after=after) for x, (i, o) in named.items()]
+    uses, mlp = (1, "mlp") if moe is None else (moe.top_k, "mlp/experts")
+    named = [(f"attn/{x}", s, n) for x, s in heads.items()] + [(f"{mlp}/{x}", s, n * uses) for x, s in wide.items()]
+    out = [Matmul(path=f"{path}/{x}/kernel", inputs=i, outputs=o, times=times, after=after) for x, (i, o), times in named]
+    if moe is not None:
+        out += [Matmul(path=f"{path}/mlp/router", inputs=d, outputs=moe.experts, times=n, after=after),
+                Matmul(path="", inputs=uses, outputs=d, times=n, after=after)]      # the weighted sum of what they give
     # Scores and their product with the values: 2 k operations for each pair and head, twice.
     return [*out, Matmul(path="", inputs=2 * k, outputs=h, times=layers * pairs, after=after)]
 
@@ -109,7 +119,8 @@ def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains
     passes = passes or any(trains(f"{path}/{x}") for x in ("embedding", "position"))
     for j, layer in enumerate(cfg.cycle):
         layers = len(range(j, cfg.depth, len(cfg.cycle)))
-        yield path, passes, _block(cfg, f"{path}/blocks/{j}", layers, counts.tokens, _pairs(cfg, layer.window, counts), f"{path}/blocks")
+        pairs = _pairs(cfg, layer.window, counts)
+        yield path, passes, _block(cfg, f"{path}/blocks/{j}", layers, counts.tokens, pairs, moe=layer.mlp, after=f"{path}/blocks")
     if cfg.head != "none":
         passes = passes or trains(f"{path}/blocks") or trains(f"{path}/norm")
         matrix = f"{path}/head" if cfg.head == "own" else f"{path}/embedding/table"

@@ -18,7 +18,9 @@ from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
 from mllm_jax.nn.lora import LoRA
+from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.nn.param import merge, split
+from mllm_jax.nn.position import Rope
 from mllm_jax.objectives import InfoNCE, NextToken
 from mllm_jax.sharding import Layout, use
 from mllm_jax.train.flops import Counts, flops_by_part, step_flops
@@ -33,6 +35,7 @@ DUAL = DualEncoderConfig(
     inputs={"image": TowerConfig(view=Square(size=32), encoder=VIT, route="pool")},
     text=replace(LLM, head="none"), dim=24)
 MAP = replace(DUAL, inputs={"image": replace(DUAL.inputs["image"], encoder=SIGLIP)})
+SPARSE = replace(LLM, depth=3, cycle=(Layer(mlp=MoEConfig(experts=8, top_k=3)), Layer()))
 FULL = Counts(rows=ROWS, tokens=ROWS * SEQ, squares=ROWS * SEQ**2, trained=ROWS * SEQ, items={"image": ROWS})
 
 
@@ -75,6 +78,10 @@ def matmul_flops(jaxpr, times: int = 1) -> int:
             (contract, _), _ = eqn.params["dimension_numbers"]
             depth = np.prod([eqn.invars[0].aval.shape[i] for i in contract], dtype=int)
             total += 2 * int(depth * np.prod(eqn.outvars[0].aval.shape, dtype=int)) * times
+        if eqn.primitive.name == "ragged_dot_general":              # each row meets the matrix of one group
+            left, right = (v.aval.shape for v in eqn.invars[:2])
+            (out,) = (v.aval.shape for v in eqn.outvars)
+            total += 2 * left[0] * int(np.prod(out[1:] if len(out) == 3 else right[1:], dtype=int)) * times
         turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value if hasattr(value, "eqns") else None)
@@ -92,6 +99,9 @@ CASES = {
     "only the output matrix": (MLLM, "decoder/head"),
     "tied embedding": (replace(MLLM, decoder=replace(LLM, head="tied")), "decoder/*"),
     "gated and plain": (replace(MLLM, decoder=replace(LLM, gated=False)), "*"),
+    "layers that take turns": (replace(MLLM, decoder=replace(LLM, depth=5, cycle=(Layer(), Layer(rope=Rope(theta=100.0))))), "*"),
+    "experts": (replace(MLLM, decoder=SPARSE), "*"),
+    "only the experts": (replace(MLLM, decoder=SPARSE), "decoder/blocks/0/mlp/*"),
     "adapters": (LoRA(model=MLLM, rank=4, alpha=8, targets=("decoder/*",)), "*/lora/*"),
     "a dual encoder": (DUAL, "*"),
     "attention pooling": (MAP, "*"),
