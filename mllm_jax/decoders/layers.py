@@ -65,7 +65,7 @@ class Layer:
     @property
     def origin(self) -> "Layer":
         """The layer of the language model that it grew from."""
-        return replace(self, reads=None)
+        return replace(self, mlp=None, reads=None)
 
     def tiny(self) -> "Layer":
         small = lambda part: part and part.tiny()

@@ -22,6 +22,7 @@ from mllm_jax.hf.hub import folder_of
 from mllm_jax.hf.tensors import NATIVE, tensors_of
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
+from mllm_jax.nn.experts import dense
 from mllm_jax.nn.lora import LoRA
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def load_subtree(source: str | Path, cfg: Any, shapes: Mapping[str, jax.ShapeDty
     Args:
       cfg: configuration of the part; its kind says which part of the checkpoint is meant.
       shapes: path below the part -> shape, dtype and sharding of what is wanted.  What is no part of a checkpoint is left
-        out of what is returned: adapters (`.../lora/a`, `.../lora/b`), and what a model has beyond its `origin`.
+        out of what is returned: adapters (`.../lora/a`, `.../lora/b`), and what a model has beyond its `origin`.  Experts
+        of a model that grew from a dense one are copies of its feed-forward layers.
 
     Raises:
       ConfigError: as `load`; and where an option of `cfg` is not that of the checkpoint.
@@ -91,33 +93,39 @@ def _load(
     wrong = _unlike(part, cfg)
     if wrong and origin is not None:    # the checkpoint may be of the model that this one grew from
         wrong, whole = _unlike(part, origin), parameter_shapes(origin)
-        shapes = {path: s for path, s in shapes.items() if path in whole}
+        shapes = {path: s for path, s in shapes.items() if dense(path) in whole}
     if wrong:
         what = "; ".join(f"{path} is {a!r} in the checkpoint and {b!r} in the model" for path, (a, b) in wrong.items())
         raise ConfigError(f"{where}: {what}; change the configuration of the model to that of the checkpoint")
     read, links = reader(folder, where, family, theirs)
     turns = [len(getattr(x, "cycle", "1")) for x in (part, cfg)]
-    mine: dict[str, list[tuple[int | None, Link]]] = {}
+    there: dict[str, list[tuple[int | None, Link]]] = {}
     for link in links:
         path, layer = _place(link, *turns)
-        if path.startswith(prefix) and path.removeprefix(prefix) in shapes:
-            mine.setdefault(path.removeprefix(prefix), []).append((layer, link))
+        if path.startswith(prefix):
+            there.setdefault(path.removeprefix(prefix), []).append((layer, link))
+    # Experts that the checkpoint does not have begin as copies of its dense layer.
+    copies = {path for path in shapes.keys() - there.keys() if dense(path) in there}
+    mine = {path: there[dense(path) if path in copies else path] for path in shapes if path in there or path in copies}
     added = {path: path.removesuffix(new) + old for path in shapes.keys() - mine.keys() for new, old in ADDED.items() if path.endswith(new)}
     if missing := sorted(shapes.keys() - mine.keys() - added.keys()):
         raise ConfigError(f"{where} ({family.model_type}) has nothing for {len(missing)} parameters: {', '.join(missing[:5])}")
     out = {}
     for path, want in shapes.items():
         if path in added:
-            [(_, link)] = mine[added[path]]
+            [(_, link)] = there[added[path]]
             log.info("%s: the tokens of %s are new, and the mean of those of %s", where, path, link.theirs)
-            out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, mine[added[path]], _mean(read, want.shape))
+            out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, there[added[path]], _mean(read, want.shape))
             continue
         stack = mine[path]
         layer, link = stack[0]
         have = link.shape if layer is None else (len(stack), *link.shape)
+        if path in copies:
+            log.info("%s: the %d experts of %s are copies of %s", where, want.shape[1], path, link.theirs)
+            have = (have[0], want.shape[1], *have[1:])
         if grown := _growth(path, have, want.shape, where, link.theirs):
             log.info("%s: %s grows from %d to %d tokens; the new ones are the mean of the old", where, path, *grown)
-        out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, stack, read)
+        out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, stack, read, inner=2 if path in copies else 1)
     return out
 
 
@@ -185,8 +193,13 @@ def _growth(path: str, have: tuple, want: tuple, where: str, theirs: str) -> tup
     raise ConfigError(f"{where}: {theirs} becomes {path} of {_x(have)}; the model has {_x(want)}")
 
 
-def _fill(want: jax.ShapeDtypeStruct, stack: list[tuple[int | None, Link]], read: Callable[[Link], np.ndarray]) -> jax.Array:
-    """One parameter on its devices; each tensor is looked at once, for all the shards of this host."""
+def _fill(
+    want: jax.ShapeDtypeStruct, stack: list[tuple[int | None, Link]], read: Callable[[Link], np.ndarray], inner: int = 1,
+) -> jax.Array:
+    """One parameter on its devices; each tensor is looked at once, for all the shards of this host.
+
+    A tensor of a layer is what follows the first `inner` axes of a stacked parameter; along the others of them it is repeated.
+    """
     sharding = want.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     key = lambda index: tuple(s.indices(n)[:2] for s, n in zip(index, want.shape))
     places = {key(i) for i in sharding.addressable_devices_indices_map(want.shape).values()}
@@ -199,7 +212,7 @@ def _fill(want: jax.ShapeDtypeStruct, stack: list[tuple[int | None, Link]], read
         elif inside := [k for k in shards if k[0][0] <= layer < k[0][1]]:
             x = read(link)
             for k in inside:
-                shards[k][layer - k[0][0]] = x[tuple(slice(a, b) for a, b in k[1:])]
+                shards[k][layer - k[0][0]] = x[tuple(slice(a, b) for a, b in k[inner:])]
     return jax.make_array_from_callback(want.shape, sharding, lambda index: shards[key(index)], dtype=want.dtype)
 
 

@@ -47,6 +47,14 @@ class Share:
     exchange: bool = False              # devices with other experts have other rows
 
 
+def dense(path: str) -> str:
+    """The parameter of a dense layer of which that of all experts is a copy to begin with (arXiv:2212.05055).
+
+    `blocks/0/mlp/experts/up/kernel` grows from `blocks/0/mlp/up/kernel`; of other parameters it is the parameter itself.
+    """
+    return path.replace("/mlp/experts/", "/mlp/")
+
+
 class Kernels(nnx.Module):
     """One matrix for each expert."""
 

@@ -4,8 +4,9 @@
     score(outputs, batch) -> {name: Mean}   "loss" is minimized, the others are logged
 """
 
+from mllm_jax.objectives.auxiliary import Auxiliary
 from mllm_jax.objectives.contrastive import InfoNCE, Matching, Sigmoid
 from mllm_jax.objectives.nested import EveryScale
 from mllm_jax.objectives.tokens import NextToken
 
-__all__ = ["EveryScale", "InfoNCE", "Matching", "NextToken", "Sigmoid"]
+__all__ = ["Auxiliary", "EveryScale", "InfoNCE", "Matching", "NextToken", "Sigmoid"]

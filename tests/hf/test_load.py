@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import replace
 
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mllm_jax.config import ConfigError
+from mllm_jax.decoders.layers import Layer
 from mllm_jax.hf.family import parameter_shapes
 from mllm_jax.hf.load import load, load_subtree
 from mllm_jax.nn.lora import LoRA
+from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.nn.param import axes_of
 from mllm_jax.sharding import Layout, sharding_of
 
@@ -165,8 +168,6 @@ def test_the_short_configuration_of_old_llava_folders():
 
 
 def test_sharded_tensors_come_to_the_right_devices(saved):
-    import flax.nnx as nnx
-
     folder = saved("llava-clip-llama").folder
     cfg, whole = load(folder)
     layout = Layout(mesh={"data": 1, "fsdp": 4, "tensor": 2})
@@ -267,6 +268,26 @@ def test_adapters_are_left_out(saved):
     cfg, params = load(folder)
     adapted = LoRA(model=cfg, rank=2, alpha=1.0, targets=("blocks/*",))
     same(load_subtree(folder, adapted, wanted(adapted)), params)
+
+
+def test_experts_begin_as_copies_of_the_dense_layer(saved):
+    """Layers 0 and 2 of three are sparse; on a mesh each device fills its own experts."""
+    folder = saved("llama").folder
+    cfg, params = load(folder)
+    sparse = replace(cfg, cycle=(Layer(mlp=MoEConfig(experts=4)), Layer()))
+    layout = Layout(mesh={"fsdp": 2, "expert": 2, "tensor": 2})
+    mesh, axes = layout.make_mesh(), axes_of(jax.eval_shape(lambda: sparse.build(rngs=nnx.Rngs(0))))
+    target = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(axes[k], x.shape, layout, mesh)) for k, x in wanted(sparse).items()}
+    got = load_subtree(folder, sparse, target)
+    assert target.keys() - got.keys() == {"blocks/0/mlp/router"} and all(got[k].sharding == target[k].sharding for k in got)
+    for name in ("gate", "up", "down"):
+        one = params[f"blocks/0/mlp/{name}/kernel"]
+        experts = np.asarray(got[f"blocks/0/mlp/experts/{name}/kernel"])
+        assert experts.shape[1] == 4 and all(np.array_equal(experts[:, e], one[::2]) for e in range(4))
+        assert np.array_equal(got[f"blocks/1/mlp/{name}/kernel"], one[1:2])
+    assert np.array_equal(got["blocks/0/attn/q/kernel"], params["blocks/0/attn/q/kernel"][::2])
+    with pytest.raises(ConfigError, match="mlp is 48 in the checkpoint and 40 in the model"):
+        load_subtree(folder, replace(sparse, mlp=40), target)
 
 
 def test_half_precision_is_kept_or_widened(saved, torch, tmp_path):
