@@ -38,8 +38,8 @@ _TEXT = (
     "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
     "{{ part.text if part.type == 'text' else " + _MEDIUM + " }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
 )
-_FAKE = _TEXT.replace(_MEDIUM, "('' if loop.previtem is defined and loop.previtem.type != 'text' else '<fake_token_around_image>') + "
-                      + _MEDIUM + " + '<fake_token_around_image>'")
+_BEGIN = "('' if loop.previtem is defined and loop.previtem.type != 'text' else '<fake_token_around_image>')"
+_FAKE = _TEXT.replace("part.text if", "part.text.strip(' ') if").replace(_MEDIUM, f"{_BEGIN} + {_MEDIUM} + '<fake_token_around_image>'")
 
 TEMPLATES = {
     # LLaVA-1.5, conversation.py conv_vicuna_v1: no space after </s>, and one before the answer, which is trained.
@@ -120,7 +120,8 @@ TEMPLATES = {
         "{%- generation -%}{{ chunks(parts[start:]) + '<|endofchunk|>' + (eos_token if loop.last and not media else '') }}{%- endgeneration -%}"
         "{{ eos_token if loop.last and media else '' }}{%- endif -%}{%- endfor -%}"
     ),
-    # The processor of Idefics: bare text with images between tokens that neighbours share; a document is one turn.
+    # The processor of Idefics: bare text without blanks around images, which stand between tokens that
+    # neighbours share; a document is one turn.
     "idefics": _FAKE + (
         "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
         "{%- generation -%}{{ text(message.content) + (eos_token if loop.last else '') }}{%- endgeneration -%}"

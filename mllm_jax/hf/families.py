@@ -9,6 +9,7 @@ from mllm_jax.hf import (
     clip,
     gemma,
     gemma3,
+    idefics,
     llama,
     llava,
     llava_next,
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         stablelm.STABLELM,
         paligemma.PALIGEMMA,
         gemma3.GEMMA3,
+        idefics.IDEFICS,
         llava_next.LLAVA_NEXT,
         llava.LLAVA,                    # what no other one takes
     )

@@ -149,7 +149,7 @@ def reader(folder: Path, where: str, family: Family, cfg: Any) -> tuple[Callable
     if (folder / NATIVE).exists():
         if odd := sorted(stored.keys() ^ {x.ours for x in links}):
             raise ConfigError(f"{where}: {NATIVE} and config.json differ in {len(odd)} parameters: {', '.join(odd[:5])}")
-        read = lambda link: stored[link.ours].view() if link.layer is None else stored[link.ours].view()[link.layer]
+        read = lambda link: stored[link.ours].view() if link.layer is None else stored[link.ours].view()[link.layer, ...]
         shape_of = lambda link: stored[link.ours].shape[link.layer is not None :]
         wanted = lambda link: link.shape
     else:

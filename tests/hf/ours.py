@@ -37,9 +37,9 @@ def media(rows: list[list[bytes]], view, patch: int, slot: np.ndarray) -> Media:
     return Media(values=jnp.asarray(values), coords=jnp.asarray(coords), mask=jnp.asarray(mask), slot=jnp.asarray(slot, jnp.int32))
 
 
-def decoder_states(decoder, x, b: Batch) -> list[jax.Array]:
+def decoder_states(decoder, x, b: Batch, memory=None) -> list[jax.Array]:
     """What enters each layer, and what leaves the last, before the norm."""
-    cfg, scene, rotations = decoder.cfg, decoder.scene(b), decoder.rotations(b.positions)
+    cfg, scene, rotations = decoder.cfg, decoder.scene(b, memory), decoder.rotations(b.positions)
     x = decoder.locate(x, b.positions)
 
     def step(carry, layer, i, j):
