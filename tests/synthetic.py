@@ -27,7 +27,7 @@ def siglip() -> Any:
 def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed: int = 0) -> Batch:
     """Rows of two packed examples, each an image and then text, of which a part is trained; numpy.
 
-    A dual encoder gets rows of one text of random length, and one image beside each.
+    A model without a decoder gets rows of one text of random length, and one image beside each.
     """
     rng = np.random.default_rng(seed)
     pairs = not hasattr(model, "decoder")
@@ -49,7 +49,7 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
         grid = tower.view.plan(64, 64, tower.patch).grid
         p, n = prod(grid), prod(tower.num_tokens(grid))
         slot = np.full((rows, seq_len), -1)
-        if n:
+        if n and not pairs:
             assert seq_len // 2 > n + 2, "an image must fit into half a row"
             here = (inside >= 1) & (inside <= n) & (segments > 0)
             slot = np.where(here, inside - 1 + n * (segments - 1), -1)

@@ -63,6 +63,11 @@ class QFormerConfig:
         return replace(self, tokens=16 + more, queries=4, width=32, depth=self.every, heads=2, mlp=64, words=self.words and self.words.tiny())
 
     @property
+    def cycle(self) -> tuple[bool, ...]:
+        """Whether the queries read in layers that take turns."""
+        return (True,) + (False,) * (self.every - 1)
+
+    @property
     def block(self) -> BlockConfig:
         return BlockConfig(width=self.width, heads=self.heads, mlp=self.mlp, gated=False, activation=self.activation, norm=self.norm,
                            qkv_bias=True, out_bias=True, mlp_bias=True, norms="outside")
@@ -86,8 +91,8 @@ class QFormer(nnx.Module):
         self.embedding = Embedding(words.vocab, d, rngs=rngs) if words else None
         self.position = param(rngs, (words.positions, d), "position embed", normal(0.02)) if words else None
         self.norm = cfg.norm.build(d, rngs=rngs)
-        widths = [d_memory] + [None] * (cfg.every - 1)
-        self.blocks = stack.make([lambda r, width=width: QFormerLayer(cfg, width, rngs=r) for width in widths], cfg.depth, rngs=rngs)
+        layers = [lambda r, reads=reads: QFormerLayer(cfg, d_memory if reads else None, rngs=r) for reads in cfg.cycle]
+        self.blocks = stack.make(layers, cfg.depth, rngs=rngs)
 
     def __call__(self, memory: jax.Array | None, text: Text | None = None) -> jax.Array:
         """What the queries read of f[b m d_memory], and text beside them: f[b q+t d]; without a memory, f[b t d] of text alone."""

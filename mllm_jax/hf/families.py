@@ -6,6 +6,7 @@ from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.hf import (
+    blip2,
     clip,
     gemma,
     gemma3,
@@ -22,7 +23,7 @@ from mllm_jax.hf import (
 from mllm_jax.hf.family import CannotExpress, Family
 
 FAMILIES: dict[str, Family] = {
-    f.model_type: f
+    f.key: f
     for f in (
         clip.CLIP, clip.CLIP_VISION, siglip.SIGLIP, siglip.SIGLIP_VISION,
         llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA, gemma.GEMMA3_TEXT, opt.OPT,
@@ -31,6 +32,8 @@ FAMILIES: dict[str, Family] = {
         gemma3.GEMMA3,
         idefics.IDEFICS,
         llava_next.LLAVA_NEXT,
+        blip2.BLIP2,
+        blip2.RETRIEVAL,
         llava.LLAVA,                    # what no other one takes
     )
 }  # fmt: skip
@@ -61,7 +64,9 @@ def describe(folder: Path) -> tuple[Family, Any]:
         raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     if "model_type" not in hf:
         raise ConfigError(f"{folder}/config.json has no model_type; supported are {', '.join(FAMILIES)}")
-    found = family(hf["model_type"])
+    # One type may have several architectures.
+    alike = (f for f in FAMILIES.values() if f.model_type == hf["model_type"] and f.architecture in (hf.get("architectures") or ()))
+    found = next(alike, None) or family(hf["model_type"])
     pre = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor") or {}
     try:
         return found, found.config(hf, pre)

@@ -104,7 +104,13 @@ class Family:
     processor_class: str = ""                                           # of transformers; "" for text alone
     layouts: tuple[tuple[str, str], ...] = ()   # regular expressions that bring other key layouts into that of the table
     ignore: tuple[str, ...] = ()                # buffers that old files hold: regular expressions
+    variant: str = ""                           # where several architectures have one model_type
     free: tuple[str, ...] = ()                  # fields of our configuration that a checkpoint need not say, globs as in compare
+
+    @property
+    def key(self) -> str:
+        """Its name here: the `model_type`, and the variant."""
+        return "-".join(filter(None, (self.model_type, self.variant)))
 
     def canonical(self, name: str) -> str:
         for pattern, new in self.layouts:
