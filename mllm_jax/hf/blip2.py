@@ -177,7 +177,8 @@ BLIP2 = Family(
     ignore=BUFFERS)
 RETRIEVAL = Family(
     model_type="blip-2", variant="retrieval", architecture="Blip2ForImageTextRetrieval", config=retrieval,
-    hf_config=their_retrieval, like=lambda c: isinstance(c, BridgeConfig), processor_class="Blip2Processor", processor=lambda cfg: {"num_query_tokens": None},
+    hf_config=their_retrieval, like=lambda c: isinstance(c, BridgeConfig), processor_class="Blip2Processor",
+    processor=lambda cfg: {"num_query_tokens": None},
     parts=(*PARTS, NORM, Part(theirs="embeddings.", ours="inputs/image/connector/former/", rows=WORDS, of=CONNECTOR),
            Part(theirs="", ours="", rows=PROJECTIONS, of=lambda c: c)),
     ignore=BUFFERS, free=WORDS_FREE)
