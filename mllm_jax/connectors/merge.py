@@ -30,6 +30,11 @@ class MergeConfig:
             raise ConfigError(f"a grid of {rows}x{columns} patches does not divide into {self.side}x{self.side} squares")
         return time, rows // self.side, columns // self.side
 
+    @property
+    def depth(self) -> int:
+        """Entries of the stack of mergers."""
+        return self.deep
+
     def tiny(self) -> "MergeConfig":
         return replace(self, deep=min(self.deep, 2))
 

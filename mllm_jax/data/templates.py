@@ -41,6 +41,15 @@ _TEXT = (
 _BEGIN = "('' if loop.previtem is defined and loop.previtem.type != 'text' else '<fake_token_around_image>')"
 _FAKE = _TEXT.replace("part.text if", "part.text.strip(' ') if").replace(_MEDIUM, f"{_BEGIN} + {_MEDIUM} + '<fake_token_around_image>'")
 
+_CHATML = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.role == 'assistant' -%}"
+    "{%- generation -%}{{ text(message.content) + '<|im_end|>' }}{%- endgeneration -%}"
+    "{%- else -%}{{ text(message.content) + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+_TAGGED = "'<|vision_start|>' + " + _MEDIUM + " + '<|vision_end|>'"
+
 TEMPLATES = {
     # LLaVA-1.5, conversation.py conv_vicuna_v1: no space after </s>, and one before the answer, which is trained.
     "vicuna_v1": _TEXT + (
@@ -62,13 +71,12 @@ TEMPLATES = {
         "{%- else -%}{{ text(message.content) | trim + '<|eot_id|>' }}{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}"
     ),
-    "chatml": _TEXT + (
-        "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
-        "{%- if message.role == 'assistant' -%}"
-        "{%- generation -%}{{ text(message.content) + '<|im_end|>' }}{%- endgeneration -%}"
-        "{%- else -%}{{ text(message.content) + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-    ),
+    "chatml": _TEXT + _CHATML,
+    # Qwen2-VL and 2.5: tags around media.  Qwen3-VL says no more who it is, and its processor writes the tags of each step of a video.
+    "qwen2_vl": _TEXT.replace(_MEDIUM, _TAGGED) + (
+        "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif -%}"
+    ) + _CHATML,
+    "qwen3_vl": _TEXT.replace(_MEDIUM, f"({_MEDIUM} if part.type == 'video' else {_TAGGED})") + _CHATML,
     # No names of roles: questions end in a new line, answers with the end token.
     "plain": _TEXT + (
         "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
@@ -141,14 +149,15 @@ TEMPLATES = {
 TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    **dict.fromkeys(("qwen2_vl", "qwen3_vl"), ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")),
     "gemma": ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"),
     "flamingo": ("<|endofchunk|>",),
     "idefics": ("<fake_token_around_image>",),
     "idefics_instruct": ("<fake_token_around_image>", "<end_of_utterance>"),
 }
 # What ends a turn, besides the end token.
-STOPS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "caption": "\n", "gemma": "<end_of_turn>", "flamingo": "<|endofchunk|>",
-         "idefics_instruct": "<end_of_utterance>"}
+STOPS = {"llama3": "<|eot_id|>", **dict.fromkeys(("chatml", "qwen2_vl", "qwen3_vl"), "<|im_end|>"), "caption": "\n",
+         "gemma": "<end_of_turn>", "flamingo": "<|endofchunk|>", "idefics_instruct": "<end_of_utterance>"}
 # Special tokens in the place of which a processor puts more, before tokenizing: the new lines merge with those beside them.
 AROUND = {"<start_of_image>": "\n\n<start_of_image>{image}<end_of_image>\n\n"}
 

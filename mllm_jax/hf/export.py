@@ -160,12 +160,16 @@ def _ids(tokenizer: Any, image_token: int | None, seq_len: int | None, cfg: Any)
     text = getattr(cfg, "decoder", None) or getattr(cfg, "text", cfg)
     if len(tokenizer) > text.vocab:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens and the model {text.vocab}; give the one it was trained with")
-    if isinstance(cfg, MLLMConfig) and image_token is None:
+    video = None
+    if isinstance(cfg, MLLMConfig):
         # Imports transformers, which whoever has a tokenizer has loaded.
         from mllm_jax.data.tokenizer import placeholder
 
-        _, image_token = placeholder(tokenizer, "image")
-    return Ids(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, image=image_token, length=seq_len)
+        image_token = placeholder(tokenizer, "image")[1] if image_token is None else image_token
+        video = placeholder(tokenizer, "video")[1] if any("video" in tower.also for tower in cfg.inputs.values()) else None
+    added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
+    return Ids(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, image=image_token, video=video,
+               length=seq_len, tokens=added)
 
 
 def _check(params: Mapping[str, Any], cfg: Any) -> None:

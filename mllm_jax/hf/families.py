@@ -17,6 +17,7 @@ from mllm_jax.hf import (
     opt,
     paligemma,
     qwen,
+    qwen_vl,
     siglip,
     stablelm,
 )
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         paligemma.PALIGEMMA,
         gemma3.GEMMA3,
         idefics.IDEFICS,
+        qwen_vl.QWEN3_VL, qwen_vl.QWEN2_5_VL, qwen_vl.QWEN2_VL,
         llava_next.LLAVA_NEXT,
         blip2.BLIP2,
         blip2.RETRIEVAL,

@@ -123,7 +123,7 @@ class Family:
         out: list[Link] = []
         for part in self.parts:
             of = part.of(cfg)
-            sizes = {"p": of.patch, "q": of.patch} if hasattr(of, "patch") else {}
+            sizes = {axis: getattr(of, name) for axis, name in (("p", "patch"), ("q", "patch"), ("t", "steps")) if hasattr(of, name)}
             cycle = len(getattr(of, "cycle", "1"))
             for r in part.rows:
                 stacked = "{i}" in r.theirs or "{k}" in r.theirs

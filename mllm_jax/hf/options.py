@@ -1,6 +1,7 @@
 """Options that several families of the Hub write in the same way: activations, rotary positions, image processors."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 from mllm_jax.config import ConfigError, config
@@ -34,8 +35,9 @@ def rope(hf: Mapping[str, Any]) -> Rope:
     kind = p.get("rope_type", p.get("type", "default"))
     if p.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={p['partial_rotary_factor']} is not supported; whole heads turn here")
-    if kind == "default":
-        return Rope(theta=theta)
+    if kind in ("default", "mrope"):    # "mrope" is what the first files of Qwen2-VL say
+        sections = p.get("mrope_section") and tuple(p["mrope_section"])
+        return Rope(theta=theta, sections=sections, interleaved=bool(sections and p.get("mrope_interleaved")))
     if kind == "linear":
         return Rope(theta=theta, scaling=LinearScaling(factor=float(p["factor"])))
     if kind == "llama3":
@@ -57,6 +59,8 @@ def their_rope(r: Rope | None) -> dict[str, Any]:
         s = r.scaling
         scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low, "high_freq_factor": s.high,
                    "original_max_position_embeddings": s.original}
+    if r.sections is not None:
+        scaling = {"rope_type": "default", "mrope_section": list(r.sections), **({"mrope_interleaved": True} if r.interleaved else {})}
     new = {"rope_type": "default", "rope_theta": r.theta, **(scaling or {})}
     return {"rope_parameters": new, "rope_theta": r.theta, **({"rope_scaling": scaling} if scaling else {})}
 
@@ -157,4 +161,6 @@ class Ids:
     eos: int | None = None
     pad: int | None = None
     image: int | None = None
+    video: int | None = None
     length: int | None = None           # positions of the longest row, where the model does not say
+    tokens: Mapping[str, int] = field(default_factory=dict)     # those that were added, by name
