@@ -50,9 +50,11 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
         p, n = prod(grid), prod(tower.num_tokens(grid))
         slot = np.full((rows, seq_len), -1)
         if n and not pairs:
-            assert seq_len // 2 > n + 2, "an image must fit into half a row"
-            here = (inside >= 1) & (inside <= n) & (segments > 0)
-            slot = np.where(here, inside - 1 + n * (segments - 1), -1)
+            end = n + len(tower.marks)              # which stand behind the tokens of the first tile of each
+            assert seq_len // 2 > end + 2, "an image must fit into half a row"
+            here = (inside >= 1) & (inside <= end) & (segments > 0)
+            token = np.where(inside <= n, inside - 1 + n * (segments - 1), items * n + inside - 1 - n)
+            slot = np.where(here, token, -1)
             kinds = np.where(here, KINDS[modality], kinds)
         media[modality] = Media(
             values=rng.integers(0, 256, (rows, items, p, tower.encoder.patch_dim)).astype(np.uint8),

@@ -3,7 +3,7 @@
     AnyRes()                        LLaVA-NeXT: overview, then the rows of the whole image without its padding, each
                                     with a learned newline
     Spans(before="<img>", ...)      InternVL, Idefics3, SmolVLM, LLaVA-UHD: text around and between the tiles, or frames
-    Pooled(rows=14, columns=14)     LLaVA-OneVision: frames of a video, shrunk
+    Pooled()                        LLaVA-OneVision: frames of a video, shrunk
     Marked()                        CogVLM: a learned vector before the image and one after it
 
 A layout is called with the plan of a medium and the grid of tokens that one tile has after the connector, and gives
@@ -127,13 +127,12 @@ class Spans(_Bare):
 
 @config
 class Pooled(_Bare):
-    """Frames shrunk to rows x columns tokens, bilinearly (LLaVA-Video, LLaVA-OneVision), and marks "newline".
+    """Frames shrunk bilinearly to one token for `stride` x `stride`, rounded up (LLaVA-Video, LLaVA-OneVision), and marks "newline".
 
-    Half as many is the mean of squares of four.
+    Where the sides divide by 2 that is the mean of squares of four.
     """
 
-    rows: int
-    columns: int
+    stride: int = 2
     newline: str = "end"                # where it stands: at the "end" of the video, of each "frame" or "row", or "" nowhere
 
     taps = True
@@ -148,9 +147,10 @@ class Pooled(_Bare):
 
     def __call__(self, cut: Cut, grid: Grid) -> Pieces:
         n, frames = int(np.prod(grid[1:])), cut.tiles * grid[0]
-        taps, mix = bilinear(np.arange(n, dtype=np.int32).reshape(grid[1:]), self.rows, self.columns)
+        rows, columns = (-(-side // self.stride) for side in grid[1:])
+        taps, mix = bilinear(np.arange(n, dtype=np.int32).reshape(grid[1:]), rows, columns)
         taps = taps + n * np.arange(frames, dtype=np.int32)[:, None, None, None]
-        lines = {"row": frames * self.rows, "frame": frames, "end": 1, "": 1}[self.newline]
+        lines = {"row": frames * rows, "frame": frames, "end": 1, "": 1}[self.newline]
         taps, mix = taps.reshape(lines, -1, 4), np.broadcast_to(mix, taps.shape).reshape(lines, -1, 4)
         if self.newline:
             mark, one = alone(np.full((lines, 1), MARK, np.int32))

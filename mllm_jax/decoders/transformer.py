@@ -68,6 +68,8 @@ MOBILE_LLAMA_2_7B = replace(LLAMA, width=2560, mlp=6912, norm=RMSNorm(eps=1e-6))
 QWEN_7B = DecoderConfig(vocab=151_936, width=4096, depth=32, heads=32, mlp=11_008, qkv_bias=True)
 QWEN2_7B = DecoderConfig(
     vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, mlp=18_944, qkv_bias=True, rope=Rope(theta=1e6))
+QWEN2_0_5B = replace(QWEN2_7B, vocab=151_936, width=896, depth=24, heads=14, kv_heads=2, mlp=4864, head="tied")
+QWEN2_72B = replace(QWEN2_7B, width=8192, depth=80, heads=64, kv_heads=8, mlp=29_568)
 QWEN3_8B = DecoderConfig(
     vocab=151_936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp=12_288, qk_norm=True, rope=Rope(theta=1e6))
 STABLELM_2_1_6B = DecoderConfig(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.config import ConfigError
+from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.hf.families import describe
 from mllm_jax.hf.family import LEAVES_OF_LORA, Family, Link, differences, parameter_shapes
 from mllm_jax.hf.hub import folder_of
@@ -119,7 +120,7 @@ def _load(
             continue
         stack = mine[path]
         layer, link = stack[0]
-        have = link.shape if layer is None else (len(stack), *link.shape)
+        have = link.shape if layer is None else (min(len(stack), want.shape[0]), *link.shape)
         if path in copies:
             log.info("%s: the %d experts of %s are copies of %s", where, want.shape[1], path, link.theirs)
             have = (have[0], want.shape[1], *have[1:])
@@ -130,8 +131,14 @@ def _load(
 
 
 def _unlike(part: Any, cfg: Any) -> dict[str, tuple[Any, Any]]:
-    """Where the part of a checkpoint is not what the model wants; tokens that are new there are no difference."""
-    return {k: pair for k, pair in differences(part, cfg, FREE).items() if not (k.endswith("added") and pair[0] == 0)}
+    """Where the part of a checkpoint is not what the model wants.
+
+    Tokens that are new there are no difference, nor are last layers of an encoder that nobody would run.
+    """
+    encoder, depth = (cfg.encoder, "encoder.depth") if isinstance(cfg, TowerConfig) else (cfg, "depth")
+    unread = isinstance(encoder, ViTConfig) and encoder.pool == "none"
+    fine = lambda k, pair: k.endswith("added") and pair[0] == 0 or unread and k == depth and pair[0] > pair[1]
+    return {k: pair for k, pair in differences(part, cfg, FREE).items() if not fine(k, pair)}
 
 
 def _place(link: Link, theirs: int, ours: int) -> tuple[str, int | None]:

@@ -33,7 +33,7 @@ TOKENIZER = load_tokenizer("bytes", media=("image", "video"), tokens=("<|vision_
 VIT = ViTConfig(width=8, heads=1, mlp=8, patch=8, grid=4, depth=1)
 TOWER = TowerConfig(
     view=Tiles(size=32), encoder=VIT, connector=MLPConfig(), layout=AnyRes(),
-    also={"video": Also(view=Frames(view=Square(size=32), frames=6), layout=Pooled(rows=2, columns=2))},
+    also={"video": Also(view=Frames(view=Square(size=32), frames=6), layout=Pooled())},
 )  # fmt: skip
 
 
@@ -136,14 +136,14 @@ def test_pooled_frames_are_those_of_onevision():
     features = np.random.default_rng(0).normal(size=(3, 729, 2)).astype(np.float32)
     theirs = model.apply_pooling(fake, torch.tensor(features)).numpy().reshape(-1, 2)
     cut = Frames(view=Square(size=384), frames=3).plan(100, 100, 14)
-    (run,) = Pooled(rows=14, columns=14)(cut, (1, 27, 27))
+    (run,) = Pooled()(cut, (1, 27, 27))
     assert len(run.slots) == 3 * 196 + 1 and run.slots[-1] == -2
     ours = np.einsum("nkd,nk->nd", features.reshape(-1, 2)[run.taps[:-1]], run.mix[:-1])
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
-    counts = [len(Pooled(rows=14, columns=14, newline=where)(cut, (1, 27, 27))[0].slots) for where in ("row", "frame", "end", "")]
+    counts = [len(Pooled(newline=where)(cut, (1, 27, 27))[0].slots) for where in ("row", "frame", "end", "")]
     assert counts == [3 * 14 * 15, 3 * 197, 3 * 196 + 1, 3 * 196]
     with pytest.raises(ConfigError, match="newline='rows' is no place"):
-        Pooled(rows=1, columns=1, newline="rows")
+        Pooled(newline="rows")
 
 
 @config

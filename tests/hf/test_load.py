@@ -71,6 +71,19 @@ def test_other_layouts(saved, tmp_path):
     same(load(rewritten(saved("qwen3").folder, tmp_path / "q", lambda k: k.removeprefix("model.")))[1], params)
 
 
+def test_an_encoder_may_leave_out_last_layers_that_nobody_runs(saved):
+    folder = saved("siglip").folder
+    cfg, params = load(folder)
+    encoder = replace(cfg.inputs["image"].encoder, depth=2, pool="none", final_norm=False)
+    got = load_subtree(folder, encoder, wanted(encoder))
+    assert got.keys() == parameter_shapes(encoder).keys()
+    for path, x in got.items():
+        whole = params[f"inputs/image/{path}"]
+        np.testing.assert_array_equal(x, whole[:2] if path.startswith("blocks/") else whole)
+    with pytest.raises(ConfigError, match="depth is 3 in the checkpoint and 2 in the model"):        # its vector would be another
+        load_subtree(folder, replace(encoder, pool="map"), wanted(replace(encoder, pool="map")))
+
+
 def test_old_buffers_are_ignored_and_a_repeated_tied_head_too(saved, tmp_path):
     def with_buffers(tensors):
         extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
