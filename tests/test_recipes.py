@@ -31,6 +31,7 @@ KNOBS = {
     "contrastive/siglip": ("size=b16", "size=so400m"),
     "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
     "projector/llava_15": ("size=7b", "size=13b"),
+    "resolution/llava_next": ("size=7b", "size=13b", "size=mistral_7b"),
 }
 NAMES = recipe_names()
 ALL = [f"{name}:{knobs}" if knobs else name for name in NAMES for knobs in KNOBS.get(name, ("",))]

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
 from mllm_jax.commands import common
@@ -26,11 +26,17 @@ def run(args: argparse.Namespace) -> int:
     from mllm_jax.config import compare
 
     a, b = (common.load_recipe(name, tiny=args.tiny) for name in (args.a, args.b))
-    for path, (left, right) in compare(a, b).items():
+    for path, (left, right) in compare(_spelled(a, b), _spelled(b, a)).items():
         print(f"{path}\n  - {line(left)}\n  + {line(right)}")
     if a == b:
         print("no difference")
     return 0
+
+
+def _spelled(a: Any, b: Any) -> Any:
+    """`a` with the model of a stage spelled out where b has one: None stands for that of the recipe."""
+    own = {name for name, stage in b.stages.items() if stage.model is not None}
+    return replace(a, stages={k: replace(s, model=s.model or (a.model if k in own else None)) for k, s in a.stages.items()})
 
 
 def line(value: Any) -> str:

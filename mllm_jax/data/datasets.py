@@ -61,6 +61,13 @@ DATASETS = {
         url="https://github.com/haotian-liu/LLaVA#visual-instruction-tuning",
         licence="CC-BY-4.0, the terms of OpenAI, and those of COCO, GQA, OCR-VQA, TextVQA and Visual Genome",
     ),
+    "llava_next_779k": Dataset(
+        format="parquet",
+        path="LLaVA-NeXT-Data/data",
+        records=779_289,
+        url="https://huggingface.co/datasets/lmms-lab/LLaVA-NeXT-Data",
+        licence="those of its sources, and the terms of OpenAI",
+    ),
     # Pairs for contrastive training, as img2dataset writes them.
     "datacomp_1b": Dataset(
         format="webdataset",

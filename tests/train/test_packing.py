@@ -20,7 +20,13 @@ from mllm_jax.train.state import Blueprint
 from mllm_jax.types import Batch, Blob, Example, Part, Turn
 from tests.synthetic import randomized
 
-SEQ, EXAMPLES = 192, 10
+EXAMPLES = 10
+ROOMS = {                               # recipe -> positions and image tiles of a row
+    "projector/llava_15": (192, 3),
+    "projector/paligemma": (192, 3),    # prefixes
+    "projector/gemma3": (192, 3),       # spans and windows
+    "resolution/llava_next": (448, 15),
+}
 
 
 def examples() -> list[Example]:
@@ -41,14 +47,14 @@ def examples() -> list[Example]:
     return out
 
 
-@pytest.fixture(scope="module", params=["llava_15", "paligemma", "gemma3"])     # causal, prefixes, spans and windows
-def batches(request: pytest.FixtureRequest) -> tuple[object, Batch, Batch, list[Row]]:
+@pytest.fixture(scope="module", params=ROOMS)
+def batches(request) -> tuple[object, Batch, Batch, list[Row]]:
     """(model, packed batch, one example per row, packed rows)."""
-    recipe = load(f"projector/{request.param}").tiny()
+    recipe, (seq, items) = load(request.param).tiny(), ROOMS[request.param]
     model = replace(recipe.model, decoder=replace(recipe.model.decoder, kv_heads=2))
     tokenizer = load_tokenizer("bytes")
-    spec = row_spec(SEQ, {"image": 3}, model.inputs, tokenizer.pad_token_id)
-    sequences = [encode(e, template="plain", tokenizer=tokenizer, towers=model.inputs, max_len=SEQ) for e in examples()]
+    spec = row_spec(seq, {"image": items}, model.inputs, tokenizer.pad_token_id)
+    sequences = [encode(e, template="plain", tokenizer=tokenizer, towers=model.inputs, max_len=seq) for e in examples()]
     packed = list(pack(sequences, spec))
     return model, batch_of(packed, spec, model), batch_of([one_row(s, spec) for s in sequences], spec, model), packed
 
