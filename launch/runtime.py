@@ -30,7 +30,11 @@ ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # numbers of mallopt(3)
-QUIET = ("absl", "orbax", "jax", "transformers", "huggingface_hub", "grain", "tensorboardX")
+QUIET = {
+    # Orbax writes each layer of a failure here, tens of lines, and raises it too: then it is told in one.
+    "absl": logging.CRITICAL,
+    **dict.fromkeys(("orbax", "jax", "transformers", "huggingface_hub", "grain", "tensorboardX"), logging.ERROR),
+}
 
 
 class Runtime(NamedTuple):
@@ -81,9 +85,7 @@ def start(
         else:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={cpu_devices}".strip()
     if not verbose:
-        for name in QUIET:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=r"(jax|flax|orbax|grain|transformers|tensorboardX)\b")
+        quiet()
 
     import jax
 
@@ -96,6 +98,17 @@ def start(
     if distributed or (distributed is None and found):
         join(found)
     return Runtime(process=jax.process_index(), processes=jax.process_count(), cluster=found, stop=on_sigterm())
+
+
+def quiet() -> None:
+    """Leaves to libraries only what no other line will say."""
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", module=r"(jax|flax|orbax|grain|transformers|tensorboardX)\b")
+    # What is under way when a checkpoint cannot be read or written is dropped half done.
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    tell, late = sys.unraisablehook, lambda args: str(args.exc_value) == "Event loop is closed"
+    sys.unraisablehook = lambda args: None if late(args) else tell(args)
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ into page faults of fresh memory, so pictures stay in Pillow's memory, which is 
 
 import io
 import struct
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -35,6 +36,10 @@ _UPRIGHT = {
 # Keeps up to 8 freed blocks (of at most 16 MB) for the next image: without them every image pays again
 # for the page faults of its memory, 15-50 % of the time of decoding.
 Image.core.set_blocks_max(8)
+
+# Pillow warns of what is settled here: a picture that is too large is a bad example, broken EXIF is passed over.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, r"PIL\.")
 
 Fit = Callable[[int, int], tuple[int, int]]
 Size = tuple[float, float]

@@ -95,7 +95,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self.saver.close()
+        try:
+            self.saver.close()
+        except Exception:               # of a write that failed, which `wait` has told: Orbax tells each thread once more
+            self.saver.close()
 
 
 def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
@@ -261,7 +264,7 @@ def _check_room(folder: Path, tree: Any) -> None:
     """Refuses, on all hosts, to begin a checkpoint that the disk of one cannot hold."""
     need = sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.process_count()
     free = shutil.disk_usage(folder).free
-    agree(None if free >= need else OSError(errno.ENOSPC, f"{need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free"))
+    agree(None if free >= need else OSError(errno.ENOSPC, f"{need / 2**20:.1f} MiB are needed and {free / 2**20:.1f} MiB are free"))
 
 
 class _explained:

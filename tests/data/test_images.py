@@ -1,6 +1,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -42,6 +44,9 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG of which only the header is there: enough for a guard that looks before it decodes."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT"
+
+
+BROKEN_EXIF = encode(noise(16, 16), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12")
 
 
 def test_lossless_pictures_come_back_bit_for_bit():
@@ -127,8 +132,16 @@ def test_bad_bytes_have_a_reason():
 
 
 def test_broken_exif_does_not_lose_a_picture():
-    data = encode(noise(16, 16), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12")
-    assert decode_image(data).shape == (16, 16, 3)
+    assert decode_image(BROKEN_EXIF).shape == (16, 16, 3)
+
+
+def test_what_pillow_would_warn_of_is_not_said_twice():
+    """In a process of its own, for pytest has filters of its own."""
+    code = "import sys\nfrom mllm_jax.data.images import decode_image\nprint(decode_image(sys.stdin.buffer.read(), max_pixels=1e9).shape)"
+    for data, shape in ((png_header(12_000, 11_000), None), (BROKEN_EXIF, (16, 16, 3))):
+        run = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True)
+        assert b"Warning" not in run.stderr, run.stderr.decode()
+        assert run.stdout == f"{shape}\n".encode() if shape else b"BadExample" in run.stderr
 
 
 def test_fit_never_returns_less_than_asked():
