@@ -21,9 +21,9 @@ from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.config import ConfigError, nearest
 from mllm_jax.hosts import agree, gather
-from mllm_jax.nn.experts import dense
 from mllm_jax.nn.lora import LEAVES, merge_adapters
 from mllm_jax.nn.param import Params
+from mllm_jax.train import grown
 from mllm_jax.train.state import Blueprint, TrainState, under
 
 KEEP = 2                                # newest checkpoints kept in a stage
@@ -105,8 +105,8 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
     """Parameters of the newest checkpoint in a stage's folder, each with the sharding that is wanted.
 
     Trained parameters come from the moving average if the stage kept one.  Adapters that are not wanted are merged
-    into their matrices, and adapters that the stage did not have are left out.  Experts that the stage did not have are
-    copies of its dense layer, all alike, and their router is left out.
+    into their matrices, and adapters that the stage did not have are left out.  Layers of a model that grew from the one
+    of the stage are found (grown.py); what it has beyond that, the routers of its experts, is left out.
 
     Raises:
       CheckpointError: no checkpoint, a parameter is missing, or it has another shape.
@@ -124,11 +124,10 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
         frozen = ocp.metadata(folder / "frozen").metadata if (folder / "frozen").exists() else {}
         if frozen is None:              # Orbax logs it and goes on
             raise ValueError("its metadata are broken")
-    there = {*saved[part], *frozen}
-    copies = {k: v for k, v in wanted.items() if k not in there and dense(k) in there}
-    fresh = {f"{k.partition('/experts/')[0]}/router" for k in copies}
-    wanted = {k: v for k, v in wanted.items() if k in there or not (k in copies or k in fresh or k.endswith(LEAVES))}
-    wanted |= {dense(k): _of_one(v) for k, v in copies.items()}
+    there = {**frozen, **saved[part]}
+    found = grown.origins(wanted, there)
+    leave = {k for k in wanted if k not in there and (k.endswith(LEAVES) or k in grown.fresh(found))}
+    target, wanted = wanted, {k: v for k, v in wanted.items() if k not in found and k not in leave} | grown.needed(found, wanted, there)
     for name, want in wanted.items():
         have = saved[part].get(name) or frozen.get(name)
         if have is None:
@@ -145,7 +144,8 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
         out |= ocp.load(folder / "frozen", rest) if rest else {}
     folded = {k for k in saved[part].keys() - wanted.keys() if k.endswith(LEAVES) and _matrix(k) in wanted}
     out = _fold(path, part, out, {k: saved[part][k] for k in folded}) if folded else out
-    return _repeated(out, copies) if copies else out
+    same = {k: v for k, v in out.items() if k in target and k not in found}
+    return same | grown.grow(found, target, out) if found else out
 
 
 def _fold(path: Path, part: str, params: Params, adapters: Mapping[str, Any]) -> Params:
@@ -161,22 +161,6 @@ def _fold(path: Path, part: str, params: Params, adapters: Mapping[str, Any]) ->
     matrices = {m: params[m] for m in everywhere}
     merge = jax.jit(lambda params: merge_adapters(params, rank, alpha), out_shardings={k: v.sharding for k, v in matrices.items()})
     return params | merge(matrices | adapters)
-
-
-def _of_one(experts: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What all experts of each layer are to be copies of: without the second axis."""
-    where = experts.sharding
-    if isinstance(where, jax.sharding.NamedSharding):
-        where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*where.spec[:1], *where.spec[2:]))
-    return jax.ShapeDtypeStruct(experts.shape[:1] + experts.shape[2:], experts.dtype, sharding=where)
-
-
-def _repeated(params: Params, copies: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """The parameters with these experts in place of the dense layers that they are copies of."""
-    repeat = jax.jit(lambda one: {k: jnp.broadcast_to(one[k][:, None], v.shape) for k, v in copies.items()},
-                     out_shardings={k: v.sharding for k, v in copies.items()})
-    experts = repeat({k: params[dense(k)] for k in copies})
-    return {k: v for k, v in params.items() if k not in map(dense, copies)} | experts
 
 
 def _matrix(adapter: str) -> str:
