@@ -4,8 +4,8 @@
     --layout v5e-8:microbatches=4,remat=dots        with fields of `sharding.Layout` changed
     --layout auto                                   what is here: see `auto`
 
-The number in a name is the number of chips.  What a program computes does not depend on its layout; memory
-and time do.
+The number in a name is the number of chips; with `-experts` four of them share the experts of sparse layers.  What a
+program computes does not depend on its layout; memory and time do.
 """
 
 from dataclasses import replace
@@ -24,8 +24,10 @@ CHIPS = Layout(dtype="bfloat16", remat="full")
 LAYOUTS: dict[str, Layout] = {
     "cpu-1": Layout(mesh=mesh()),
     "cpu-8": Layout(mesh=mesh(data=2, fsdp=2, tensor=2)),           # eight pretended devices: every kind of sharding
+    "cpu-8-experts": Layout(mesh=mesh(data=2) | {"expert": 4}),
     "gpu-1": replace(CHIPS, mesh=mesh()),
     "h100-8": replace(CHIPS, mesh=mesh(fsdp=8), remat="dots"),
+    "h100-8-experts": replace(CHIPS, mesh=mesh(fsdp=2) | {"expert": 4}, remat="dots"),
     "h100-64": replace(CHIPS, mesh=mesh(data=8, fsdp=8), remat="dots"),      # parameters stay inside a machine
     "v4-32": replace(CHIPS, mesh=mesh(fsdp=32)),
     "v5e-1": replace(CHIPS, mesh=mesh()),
@@ -33,6 +35,7 @@ LAYOUTS: dict[str, Layout] = {
     "v5e-16": replace(CHIPS, mesh=mesh(fsdp=16)),
     "v5e-64": replace(CHIPS, mesh=mesh(fsdp=64)),
     "v5e-256": replace(CHIPS, mesh=mesh(fsdp=256)),
+    "v5e-64-experts": replace(CHIPS, mesh=mesh(fsdp=16) | {"expert": 4}),
     "v5p-8": replace(CHIPS, mesh=mesh(fsdp=8), remat="dots"),
     "v5p-64": replace(CHIPS, mesh=mesh(fsdp=64), remat="dots"),
     "v5p-256": replace(CHIPS, mesh=mesh(data=4, fsdp=64), remat="dots"),
@@ -65,4 +68,4 @@ def find(name: str, platform: str) -> Layout:
 def pretended_devices(name: str) -> int:
     """How many CPU devices a layout of this name asks for; 1 unless it is "cpu-8" or its like."""
     row = name.partition(":")[0]
-    return int(row.removeprefix("cpu-")) if row in LAYOUTS and row.startswith("cpu-") else 1
+    return int(row.split("-")[1]) if row in LAYOUTS and row.startswith("cpu-") else 1

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,9 @@ def describe(name: str, recipe: Any, stage: str | None = None) -> Iterator[str]:
     if stage not in recipe.stages:
         raise ConfigError(f"{name} has no stage {stage!r}; nearest: {nearest(stage, recipe.stages)}")
     stages = {s: Planned(recipe, s) for s in recipe.stages}
-    total = max(p.total for p in stages.values())
-    yield f"{name} ({recipe.paper}): {number(total)} parameters, stages: {', '.join(recipe.stages)}"
+    total, active = (max(getattr(p, x) for p in stages.values()) for x in ("total", "active"))
+    sparse = f", of which a token uses {number(active)}" if active < total else ""
+    yield f"{name} ({recipe.paper}): {number(total)} parameters{sparse}, stages: {', '.join(recipe.stages)}"
     yield ""
     yield f"The straight line, in stage {stage}"
     yield ""
@@ -95,6 +97,7 @@ class Planned:
         self.blueprint = Blueprint(self.model, layout, layout.make_mesh(jax.devices()[:1]))
         self.sizes = {k: math.prod(v.shape) for k, v in self.blueprint.shapes.items()}
         self.total = sum(self.sizes.values())
+        self.active = round(sum(n * used(self.model, k) for k, n in self.sizes.items()))
         self.trained = trained_paths(self.sizes, stage.train)
         ours = {k: v for k, v in self.blueprint.shapes.items() if k in self.trained}
         state = jax.eval_shape(build(stage.optimizer, stage.steps, ours).init, ours)
@@ -167,6 +170,7 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
     import jax
 
     from mllm_jax.nn.param import merge
+    from mllm_jax.objectives import Auxiliary
     from mllm_jax.sharding import Layout, use
 
     stage, batch = p.stage, batch_of(p)
@@ -215,7 +219,9 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
             for m, e in out.embeds.items():
                 yield "", f"project {m}", shape(e), "unit vectors"
         for name, objective in stage.objectives.items():
-            if objective.whole:
+            if isinstance(objective, Auxiliary):
+                what = f"{objective.name} of the layers that have one, in the mean, times {objective.weight:g}"
+            elif objective.whole:
                 what = f"{p.rows} x {p.rows} similarities; every other row is a negative"
             else:
                 what = f"over {out.unembed.shape[1]} tokens, only where trained, a chunk of positions at a time"
@@ -233,10 +239,18 @@ def room_of(n: int, modality: str, tower: Any) -> str:
 def sight(model: Any) -> str:
     """How many layers the decoder has, and what a position sees in them."""
     d, sees = model.decoder, {way.sees for tower in model.inputs.values() for way in tower.kinds.values()}
+    sparse = [m for i in range(d.depth) if (m := getattr(d.cycle[i % len(d.cycle)], "mlp", None))]
     near = [w for i in range(d.depth) if (w := getattr(d.cycle[i % len(d.cycle)], "window", None))]
     return f"{d.depth} layers; sees {'earlier positions' if d.causal else 'all'} of its segment" + (
         f", in {len(near)} layers the last {near[0]} alone" if near else "") + (
+        f"; {len(sparse)} layers have {sparse[0].experts} experts, {sparse[0].top_k} for a token" if sparse else "") + (
         ", and all of its own image" if "item" in sees else "") + (", and all before the answer one another" if "prefix" in sees else "")
+
+
+def used(model: Any, path: str) -> float:
+    """The part of a parameter that one token uses: less than 1 of experts."""
+    match = re.fullmatch(r"decoder/blocks/(\d+)/mlp/experts/.*", path)
+    return model.decoder.cycle[int(match[1])].mlp.top_k / model.decoder.cycle[int(match[1])].mlp.experts if match else 1.0
 
 
 def tower_name(tower: Any) -> str:
@@ -278,13 +292,13 @@ def files(name: str, recipe: Any, p: Planned) -> Iterator[tuple[str, str]]:
     formats = {DATASETS[s].format if s in DATASETS else s.partition(":")[0] for s in p.stage.data.sources}
     readers = sorted({FORMATS[f].__module__ for f in formats if f in FORMATS})
     chapter = name.partition(":")[0].removeprefix("configs/").removesuffix(".py")
-    chosen = {kind: [] for kind in ("data", "encoders", "connectors", "decoders", "models", "objectives", "evaluation")}
+    chosen = {kind: [] for kind in ("data", "encoders", "connectors", "decoders", "models", "nn", "objectives", "evaluation")}
     for module in modules_of([p.model, p.stage]):
         kind = module.split(".")[1]
         if kind in chosen and module not in chosen[kind]:
             chosen[kind].append(module)
     layers = []
-    for module in (*chosen["encoders"], *chosen["decoders"], *chosen["models"]):
+    for module in (*chosen["encoders"], *chosen["decoders"], *chosen["models"], *chosen["nn"]):
         layers += [m for m in uses(module) if m.startswith("mllm_jax.nn.") and m not in layers]
     host = [f"mllm_jax.{m}" for m in HOST]
     order = ["mllm_jax.configs." + chapter.replace("/", "."), "mllm_jax.recipe", *host[:2], *readers, *chosen["data"], *host[2:],

@@ -68,6 +68,13 @@ DATASETS = {
         url="https://huggingface.co/datasets/lmms-lab/LLaVA-NeXT-Data",
         licence="those of its sources, and the terms of OpenAI",
     ),
+    # The second stage of MoE-LLaVA, as its authors prepared it.
+    **{name: Dataset(
+        format="llava", path=f"MoE-LLaVA/train_json/{file}.json", options={"images": "MoE-LLaVA", "placement": "front"},
+        url="https://huggingface.co/datasets/LanguageBind/MoE-LLaVA", licence=f"that of {whose}")
+       for name, file, whose in (
+           ("mimicit_la_256k", "la_tune_256k", "MIMIC-IT"), ("lrv_331k", "lrv_tune_331k", "LRV-Instruction"),
+           ("lvis_instruct_220k", "lvis_tune_220k_", "LVIS-Instruct4V"), ("svit_157k", "svit_tune_157k", "SVIT"))},
     # Pairs for contrastive training, as img2dataset writes them.
     "datacomp_1b": Dataset(
         format="webdataset",

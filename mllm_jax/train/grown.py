@@ -34,7 +34,7 @@ def origins(wanted: Shapes, saved: Shapes) -> dict[str, Origin]:
     A decoder of another depth has none: it did not grow from that one.
     """
     out = {}
-    for path, want in wanted.items():
+    for path in wanted:
         if (match := PLACE.fullmatch(path)) is None:
             continue
         head, place, tail = match[1], int(match[2]), match[3]

@@ -61,6 +61,17 @@ def test_files_are_there_and_as_long_as_said(page):
         assert len((ROOT / file).read_text().splitlines()) == int(lines)
 
 
+def test_experts_are_counted_whole_and_as_a_token_uses_them():
+    """Of StableLM 2 1.6B, 12 layers have 3 more copies of 3 matrices; a token uses one more than in the dense model."""
+    page = "\n".join(describe("experts/moe_llava", load("experts/moe_llava"), "experts"))
+    dense = Planned(load("experts/moe_llava"), "instruct").total
+    matrices, router = 12 * 3 * 2048 * 5632, 12 * 2048 * 4
+    p = Planned(load("experts/moe_llava"), "experts")
+    assert p.total == dense + 3 * matrices + router and p.active == dense + matrices + router
+    assert "3.20B parameters, of which a token uses 2.37B" in page and "12 layers have 4 experts, 2 for a token" in page
+    assert "mllm_jax/nn/moe.py" in page and "mllm_jax/nn/experts.py" in page
+
+
 def test_pairs_are_described_too():
     page = "\n".join(describe("contrastive/clip", load("contrastive/clip")))
     assert "427.6M parameters" in page and "f[32768 768]" in page and "every other row is a negative" in page

@@ -8,7 +8,7 @@ from mllm_jax.launch.layouts import LAYOUTS, auto, find, pretended_devices
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_number_in_a_name_is_the_number_of_devices(name):
-    assert math.prod(LAYOUTS[name].mesh.values()) == int(name.partition("-")[2])
+    assert math.prod(LAYOUTS[name].mesh.values()) == int(name.split("-")[1])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -34,4 +34,4 @@ def test_a_mistake_names_the_nearest(name, says):
 
 
 def test_only_cpu_layouts_pretend_devices():
-    assert [pretended_devices(n) for n in ("cpu-8", "cpu-8:remat=full", "v5e-8", "auto")] == [8, 8, 1, 1]
+    assert [pretended_devices(n) for n in ("cpu-8", "cpu-8:remat=full", "cpu-8-experts", "v5e-8", "auto")] == [8, 8, 8, 1, 1]

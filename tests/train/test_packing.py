@@ -26,6 +26,7 @@ ROOMS = {                               # recipe -> positions and image tiles of
     "projector/paligemma": (192, 3),    # prefixes
     "projector/gemma3": (192, 3),       # spans and windows
     "resolution/llava_next": (448, 15),
+    "experts/moe_llava": (192, 3),
 }
 
 
