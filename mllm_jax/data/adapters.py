@@ -8,6 +8,7 @@ What is understood, by the keys that are there:
     question / answer(s), instruction / output, query / response     one question
     caption(s) / text                                       pairs of an image and its alternative texts
     chosen, rejected                                        preference: two continuations
+    texts and images side by side, text_list and image_info     documents: see documents.py
 
 Placeholders (`<image>`, `<video>`, `<audio>`) become Parts here, once, and must agree in number with the media;
 nothing downstream looks for them in text again.  Text of typed parts is text, whatever it says.
@@ -23,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mllm_jax.data.documents import document, is_document
 from mllm_jax.data.errors import BadExample
 from mllm_jax.types import Blob, Example, Part, Turn
 
@@ -44,7 +46,7 @@ _PLACEHOLDER = re.compile("(<image>|<video>|<audio>)")
 _REPLIES = {"question": ("answer", "answers"), "query": ("response",), "instruction": ("output",)}
 _CAPTIONS = ("caption", "captions", "text")
 _READ = {"id", "conversations", "messages", "texts", "system", "prompt", "chosen", "rejected", "input", "kind"}
-_READ |= {*_CAPTIONS, *_REPLIES, *sum(_REPLIES.values(), ()), *MEDIA, *(f"{kind}s" for kind in MEDIA)}
+_READ |= {"text_list", "image_info", "similarity_matrix", *_CAPTIONS, *_REPLIES, *sum(_REPLIES.values(), ()), *MEDIA, *(f"{kind}s" for kind in MEDIA)}
 EXTRA_BYTES = 4096
 
 
@@ -56,12 +58,15 @@ def parse(
     root: Path | None = None,
     placement: str = "keep",
     placeholders: str = "strict",
+    similarity: float = 0.0,
+    most: int | None = None,
 ) -> Example:
     """The Example of a raw record; an Example passes as it is.
 
     `root` is the folder of relative media paths.  `placement="front"` moves the images of a turn before its
     text, as LLaVA-1.5 does.  `placeholders="prepend"` puts media without any placeholder at the start of the
-    first user turn instead of refusing the record.  Keys that are not read are kept in `extra`, up to 4 KB.
+    first user turn instead of refusing the record.  `similarity` and `most` choose images of a document, see
+    `documents.document`.  Keys that are not read are kept in `extra`, up to 4 KB.
 
     Raises:
       BadExample: the record does not follow its convention; the reasons are those of `errors.REASONS`.
@@ -70,6 +75,10 @@ def parse(
         return raw
     if not isinstance(raw, Mapping):
         raise BadExample(id, "malformed", f"a record must be a dict; this is {type(raw).__name__} {str(raw)[:40]!r}")
+    if is_document(raw):
+        media = _Media(id, {}, root)
+        turns = document(id, raw, lambda ref: Part(kind="image", media=media.add("image", ref)), similarity=similarity, most=most)
+        return Example(id=id, turns=turns, media=tuple(media.blobs), source=source, extra=_extra(raw))
     media = _Media(id, raw, root)
     turns = _turns(id, raw, media, placeholders)
     if placement == "front":

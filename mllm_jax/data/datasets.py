@@ -90,6 +90,31 @@ DATASETS = {
         url="https://github.com/rom1504/img2dataset/blob/main/dataset_examples/laion400m.md",
         licence="CC-BY-4.0 for the index; the images are their owners'",
     ),
+    "laion_2b": Dataset(
+        format="webdataset",
+        path="laion_2b",
+        records=2_170_337_258,
+        url="https://github.com/rom1504/img2dataset/blob/main/dataset_examples/laion5B.md",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
+    # Web documents: shards with the images in them, as OpenFlamingo writes them; the first five that match their sentence.
+    "mmc4": Dataset(
+        format="webdataset",
+        path="mmc4/shards",
+        options={"similarity": "0.24", "most": "5"},
+        records=101_200_000,
+        url="https://github.com/allenai/mmc4",
+        licence="ODC-BY for the index; the images are their owners'",
+    ),
+    # Its images are addresses; the files hold what was found there in their place.
+    "obelics": Dataset(
+        format="parquet",
+        path="obelics/data",
+        options={"columns": "images+texts"},
+        records=141_047_697,
+        url="https://huggingface.co/datasets/HuggingFaceM4/OBELICS",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
     # What the papers used and nobody else can have: named so that a recipe can say so.
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"

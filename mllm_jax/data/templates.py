@@ -117,14 +117,13 @@ TEMPLATES = {
     "flamingo": (
         "{%- macro chunks(parts) -%}{%- for part in parts -%}{%- if part.type != 'text' -%}"
         "{{ ('<|endofchunk|>' if parts[:loop.index0] | rejectattr('type', 'equalto', 'text') | list else '') + " + _MEDIUM + " }}"
-        "{%- else -%}{%- set line = part.text -%}"
-        "{%- set line = line if loop.last or loop.nextitem.type == 'text' else line.rstrip(' ') -%}"
-        "{{ line if loop.first or loop.previtem.type == 'text' else line.lstrip(' ') }}{%- endif -%}{%- endfor -%}{%- endmacro -%}"
+        "{%- else -%}{%- set line = part.text if loop.previtem is defined and loop.previtem.type == 'text' else part.text.lstrip(' ') -%}"
+        "{{ line if loop.nextitem is defined and loop.nextitem.type == 'text' else line.rstrip(' ') }}{%- endif -%}{%- endfor -%}{%- endmacro -%}"
         "{{ bos_token }}{%- for message in messages -%}"
         "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}"
         "{%- set media = parts | rejectattr('type', 'equalto', 'text') | list | length -%}"
         "{%- if message.role != 'assistant' -%}{{ chunks(parts) }}{%- else -%}"
-        "{%- set start = 1 if media and parts[0].type == 'text' else 0 -%}{{ chunks(parts[:start]).rstrip(' ') }}"
+        "{%- set start = 1 if media and parts[0].type == 'text' else 0 -%}{{ chunks(parts[:start]) }}"
         "{%- generation -%}{{ chunks(parts[start:]) + '<|endofchunk|>' + (eos_token if loop.last and not media else '') }}{%- endgeneration -%}"
         "{{ eos_token if loop.last and media else '' }}{%- endif -%}{%- endfor -%}"
     ),

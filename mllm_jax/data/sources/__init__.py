@@ -5,7 +5,8 @@
     open_source("llava:chat.json?images=photos")                    format:path?option=value&...
     open_source("webdataset:shards/{00000..00127}.tar?slice=:95%")
 
-Any of them takes `slice=begin:end`, in records or percent, to hold a part out.
+Any of them takes `slice=begin:end`, in records or percent, to hold a part out, and `shots=4`, to put each record
+behind four others.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from mllm_jax.data.sources.json import Json
 from mllm_jax.data.sources.parquet import Parquet
 from mllm_jax.data.sources.python import Python, Rows
 from mllm_jax.data.sources.shapes import Shapes
+from mllm_jax.data.sources.shots import Shots
 from mllm_jax.data.sources.slices import Slice, cut_range
 from mllm_jax.data.sources.tfds import Tfds
 from mllm_jax.data.sources.webdataset import WebDataset
@@ -60,7 +62,9 @@ def open_source(name: str, root: Path | str | None = None) -> Source:
     root = Path(root) if root is not None else Path()
     spec, _, query = name.partition("?")
     options = {key: unquote(text) for key, _, text in (pair.partition("=") for pair in query.split("&") if pair)}
-    part = options.pop("slice", None)
+    part, shots = options.pop("slice", None), options.pop("shots", "0")
+    if not shots.isdecimal():
+        raise ConfigError(f"shots={shots} is not a number of records; write shots=4")
     format, colon, path = spec.partition(":")
     if colon:
         url, short = "", _short(format, path)
@@ -83,12 +87,12 @@ def open_source(name: str, root: Path | str | None = None) -> Source:
         raise ConfigError(_missing(name if colon else spec, missing, root, url)) from error
     if len(source) == 0:
         raise ConfigError(f"{name} holds no record")
-    if part is None:
-        return source
-    numbers = cut_range(part, len(source), f"slice={part}")
-    if not numbers:
-        raise ConfigError(f"{name} holds no record: slice={part} of {len(source)}")
-    return Slice(source, numbers)
+    if part is not None:
+        numbers = cut_range(part, len(source), f"slice={part}")
+        if not numbers:
+            raise ConfigError(f"{name} holds no record: slice={part} of {len(source)}")
+        source = Slice(source, numbers)
+    return Shots(source, int(shots)) if int(shots) else source
 
 
 def _open(kind: type, format: str, path: str, short: str, options: Mapping[str, str], root: Path) -> Source:

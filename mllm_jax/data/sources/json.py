@@ -23,8 +23,8 @@ REMEMBER = 1 << 24                      # bytes of a file from which its offsets
 class Json:
     """Records of a `.json` list or a `.jsonl` file as Examples.
 
-    Options: `images`, the folder of relative media paths (default: the folder of the file); `placement` and
-    `placeholders`, see `adapters.parse`.  Raises ConfigError on opening if the file is not a list of records.
+    Options: `images`, the folder of relative media paths (default: the folder of the file); `placement`,
+    `placeholders`, `similarity` and `most`, see `adapters.parse`.  Raises ConfigError on opening if the file is not a list of records.
     """
 
     def __init__(
@@ -35,9 +35,11 @@ class Json:
         images: Path | None = None,
         placement: str = "keep",
         placeholders: str = "strict",
+        similarity: float = 0.0,
+        most: int | None = None,
     ):
         self.path, self.name, self.images = path, name, images or path.parent
-        self.options = {"placement": placement, "placeholders": placeholders}
+        self.options = {"placement": placement, "placeholders": placeholders, "similarity": similarity, "most": most}
         self.places = Places(path)
 
     def __len__(self) -> int:

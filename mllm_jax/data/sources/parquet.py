@@ -27,7 +27,7 @@ class Parquet:
 
     `path` is a file, a folder, or a pattern.  Options: `columns`, the only ones to read, joined by "+"; `rename`,
     pairs such as "img:image+alt:caption"; `images`, the folder of relative media paths; `groups`, how many row
-    groups to keep in memory; `placeholders`, see `adapters.parse`.
+    groups to keep in memory; `placeholders` and `most`, see `adapters.parse`.
     """
 
     def __init__(
@@ -40,8 +40,10 @@ class Parquet:
         images: Path | None = None,
         groups: int = 4,
         placeholders: str = "strict",
+        most: int | None = None,
     ):
-        self.files, self.name, self.groups, self.placeholders = files(path, ".parquet"), name, groups, placeholders
+        self.files, self.name, self.groups = files(path, ".parquet"), name, groups
+        self.options = {"placeholders": placeholders, "most": most}
         self.root = images or self.files[0].parent
         self.columns = columns.split("+") if columns else None
         self.rename = dict(pair.split(":") for pair in rename.split("+") if pair)
@@ -72,7 +74,7 @@ class Parquet:
         raw = self._group(place).slice(row, 1).to_pylist()[0]
         raw = {self.rename.get(key, key): value for key, value in raw.items()}
         id = f"{self.name}/{index}" + (f"/{raw['id']}" if raw.get("id") is not None else "")
-        return parse(raw, id=id, source=self.name, root=self.root, placeholders=self.placeholders)
+        return parse(raw, id=id, source=self.name, root=self.root, **self.options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_lock")}

@@ -36,13 +36,17 @@ class WebDataset:
 
     `path` is a file, a folder of tars, or a pattern such as `{00000..00127}.tar` or `*.tar`.  Options: `text`, the
     member that is the caption ("txt", or "json.FIELD"; default: txt, then json.caption); `key`, where a name is
-    split into key and extension: at its "last" dot (so keys may hold dots) or, as webdataset does, at its "first".
+    split into key and extension: at its "last" dot (so keys may hold dots) or, as webdataset does, at its "first";
+    `similarity` and `most`, see `adapters.parse`.
     """
 
-    def __init__(self, path: Path, *, name: str, text: str | None = None, key: str = "last"):
+    def __init__(
+        self, path: Path, *, name: str, text: str | None = None, key: str = "last", similarity: float = 0.0, most: int | None = None,
+    ):
         if key not in ("last", "first"):
             raise ConfigError(f"key={key!r}: a name is split at its 'last' or its 'first' dot")
         self.shards, self.name, self.text, self.key = files(path, ".tar"), name, text, key
+        self.chosen = {"similarity": similarity, "most": most}
         self._load()
 
     def __len__(self) -> int:
@@ -68,7 +72,7 @@ class WebDataset:
         return str(self.shards[shard].relative_to(folder).with_suffix(""))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "name": self.name, "text": self.text, "key": self.key}
+        return {name: getattr(self, name) for name in ("shards", "name", "text", "key", "chosen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -91,12 +95,12 @@ class WebDataset:
         for extension, data in members.items():
             if (kind := KINDS.get(extension.rpartition(".")[2])) is not None:
                 record.setdefault(f"{kind}s", []).append(data)
-        if not any(kind in record for kind in ("images", "videos", "audios", "conversations", "messages")):
+        if not any(kind in record for kind in ("images", "videos", "audios", "conversations", "messages", "text_list")):
             raise BadExample(id, "missing_file", f"no image, video or audio among its members: {', '.join(members)}")
         record["caption"] = self._caption(id, members, raw)
         if "cls" in members:
             record["answers"] = [members["cls"].decode().strip()]
-        return parse(record, id=id, source=self.name)
+        return parse(record, id=id, source=self.name, **self.chosen)
 
     def _caption(self, id: str, members: dict[str, bytes], raw: dict) -> str | None:
         for choice in (self.text,) if self.text else ("txt", "json.caption", "json.text"):

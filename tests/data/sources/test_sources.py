@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mllm_jax.data.errors import BadExample
 from mllm_jax.data.images import decode_image
 from mllm_jax.data.sources import Rows, Slice, cut_range, open_source
 from mllm_jax.data.sources.shapes import COLOURS, Shapes
+from mllm_jax.data.sources.shots import joined
+from mllm_jax.types import Part
 from tests.data.sources import fixtures
 from tests.data.sources.fixtures import RECORDS, expected, plain
 
@@ -154,3 +157,21 @@ def test_python_sequences_say_what_is_wrong():
         Rows(iter([]))
     with pytest.raises(BadExample, match="'rows/0' is bad .malformed.: a record must be a dict"):
         Rows([3])[0]
+
+
+def test_shots_come_before_a_record_with_their_media():
+    plain, few = open_source("shapes"), open_source("shapes?shots=2&slice=:5")
+    assert len(few) == 5
+    example = few[3]
+    assert example.id == plain[3].id and example.answers == plain[3].answers and len(example.media) == 3
+    first = [turn for turn in example.turns if turn.role == "user"]
+    assert [p.media for turn in first for p in turn.parts if p.kind == "image"] == [0, 1, 2]
+    assert example.turns[4].parts[1:] == plain[3].turns[0].parts[1:] and example.media[2] == plain[3].media[0]
+    drawn = {few[i].media[k].data for i in range(5) for k in (0, 1)}
+    assert drawn <= {plain[i].media[0].data for i in range(5)} and few[3] == few[3]
+    assert all(plain[i].media[0].data not in {m.data for m in few[i].media[:2]} for i in range(5))
+    pairs = joined([replace(plain[i], turns=(), captions=("one", "or two")) for i in (0, 1)])
+    assert [t.role for t in pairs.turns] == ["user", "assistant"] * 2 and pairs.turns[3].parts == (Part(text="one"),)
+    for wrong in ("5", "few"):
+        with pytest.raises(ConfigError, match="shots="):
+            open_source(f"shapes?slice=:5&shots={wrong}")
