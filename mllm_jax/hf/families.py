@@ -14,6 +14,7 @@ from mllm_jax.hf import (
     llama,
     llava,
     llava_next,
+    llava_onevision,
     opt,
     paligemma,
     qwen,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         idefics.IDEFICS,
         qwen_vl.QWEN3_VL, qwen_vl.QWEN2_5_VL, qwen_vl.QWEN2_VL,
         llava_next.LLAVA_NEXT,
+        llava_onevision.LLAVA_ONEVISION,
         blip2.BLIP2,
         blip2.RETRIEVAL,
         llava.LLAVA,                    # what no other one takes

@@ -24,30 +24,29 @@ def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
     if encoder.keep_class:
         raise ConfigError("llava_next: vision_feature_select_strategy='full' keeps the class token, which has no place in the image; "
                           "only 'default' is supported with a tower that has one")
-    given = [n for key in ("size", "crop_size") if isinstance(pre.get(key), Mapping) for n in pre[key].values()]
-    if wrong := {n for n in given if n != size}:
-        raise ConfigError(f"llava_next: the image processor cuts tiles of {sorted(wrong)} pixels; those of the tower have {size}")
-    view = Tiles(size=size, pinpoints=pinpoints(hf, pre, size, "llava_next", NEXT), resample=resampling(pre))
+    view = tiles(hf, pre, size, "llava_next", NEXT)
     image = TowerConfig(view=view, encoder=encoder, connector=connector, layout=AnyRes())
     return MLLMConfig(inputs={"image": image}, decoder=language.of_model(hf, "llava_next"))
 
 
-def pinpoints(
+def tiles(
     hf: Mapping[str, Any], pre: Mapping[str, Any], size: int, where: str, usual: tuple[tuple[int, int], ...],
-) -> tuple[tuple[int, int], ...]:
-    """The arrangements of tiles, (rows, columns) each, from `image_grid_pinpoints`, (height, width) in pixels.
+) -> Tiles:
+    """The view of an image processor that cuts tiles of the tower's size by `image_grid_pinpoints`, (height, width) in pixels.
 
     Raises:
-      ConfigError: the model and its image processor have different ones, or one is not made of whole tiles.
+      ConfigError: tiles of another size, or pinpoints that the model does not share or that are not made of whole tiles.
     """
+    given = [n for key in ("size", "crop_size") if isinstance(pre.get(key), Mapping) for n in pre[key].values() if n is not None]
+    if wrong := {n for n in given if n != size}:
+        raise ConfigError(f"{where}: the image processor cuts tiles of {sorted(wrong)} pixels; those of the tower have {size}")
     both = [c["image_grid_pinpoints"] for c in (hf, pre) if c.get("image_grid_pinpoints")]
     if both and both[0] != both[-1]:
         raise ConfigError(f"{where}: image_grid_pinpoints is {both[0]} in config.json and {both[-1]} in the image processor; make them the same")
-    if not both:
-        return usual
-    if odd := [p for p in both[0] if p[0] % size or p[1] % size]:
+    if odd := [p for p in (both[0] if both else ()) if p[0] % size or p[1] % size]:
         raise ConfigError(f"{where}: the pinpoint {odd[0]} is not made of tiles of {size}x{size} pixels")
-    return tuple((height // size, width // size) for height, width in both[0])
+    pinpoints = tuple((height // size, width // size) for height, width in both[0]) if both else usual
+    return Tiles(size=size, pinpoints=pinpoints, resample=resampling(pre))
 
 
 def their_pinpoints(view: Tiles) -> list[list[int]]:

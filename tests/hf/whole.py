@@ -143,9 +143,15 @@ def check_greedy(it: Case) -> None:
     assert len(np.unique(np.asarray(made))) > 10
 
 
-def check_round_trip(it: Case, torch: Any, tmp_path: Path) -> None:
+def auto_processor(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder, use_fast=False)
+
+
+def check_round_trip(it: Case, torch: Any, tmp_path: Path, opened: Callable[[Path], Any] = auto_processor) -> None:
     """Every layout of keys is read; what is written is what was read, and transformers opens it and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     for layout, rename in it.renames.items():
         got, back = load(rewritten(it.folder, tmp_path / layout, rename))
@@ -162,7 +168,7 @@ def check_round_trip(it: Case, torch: Any, tmp_path: Path) -> None:
     inputs = it.theirs(400)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, it.model(**inputs).logits)
-    processor = AutoProcessor.from_pretrained(folder, use_fast=False)
+    processor = opened(folder)
     assert type(processor) is type(it.processor)
     it = replace(it, processor=processor, folder=tmp_path / "again")
     again = it.theirs(400)
