@@ -112,6 +112,22 @@ TEMPLATES = {
         "{%- else -%}{%- for part in message.content if part.type != 'text' -%}{{ " + _MEDIUM + " }}{%- endfor -%}{{ bos_token }}"
         "{{ message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join | trim + '\\n' }}{%- endif -%}{%- endfor -%}"
     ),
+    # CogVLM, the "base" of its processors: an image, a text and its continuation, with nothing between them.
+    "base": _TEXT + (
+        "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ text(message.content) + eos_token }}{%- endgeneration -%}"
+        "{%- else -%}{{ text(message.content) }}{%- endif -%}{%- endfor -%}"
+    ),
+    # Its "chat": the image first, wherever it was.
+    "cogvlm": _TEXT + (
+        "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ ' ' + text(message.content) + (eos_token if loop.last else '') }}{%- endgeneration -%}"
+        "{{ '' if loop.last else '\\n' }}"
+        "{%- else -%}{%- set parts = [] if message.content is string else message.content -%}"
+        "{{ text(parts | rejectattr('type', 'equalto', 'text') | list) }}{{ 'Question: ' }}"
+        "{{ message.content if message.content is string else text(parts | selectattr('type', 'equalto', 'text') | list) | trim }}"
+        "{{ ' Answer:' }}{%- endif -%}{%- endfor -%}"
+    ),
     # OpenFlamingo (train/data.py): a chunk of text about an image ends before the next one.  Of a document nothing is trained before
     # its first image, nor its end token; of a caption or an answer all is.
     "flamingo": (

@@ -42,8 +42,9 @@ class ViTConfig(BlockConfig):
     keep_class: bool = False            # the class token is among the features
     patch_bias: bool = False
     pre_norm: bool = True               # a norm before the first layer
+    last_norm: bool = True              # a norm after the last layer
     layer: int = -1                     # which hidden state are the features; -1 is the last
-    final_norm: bool = False            # the last norm is applied to the features, not only to what is pooled
+    final_norm: bool = False            # that norm is applied to the features, not only to what is pooled
     pool: str = "class"                 # the vector of an image: "class" token, "map" (attention pooling), "mean", or "none"
 
     gated: bool = False
@@ -97,12 +98,19 @@ EVA_G14_224 = ViTConfig(
     width=1408, depth=39, heads=16, mlp=6144, patch=14, grid=16, patch_bias=True, pre_norm=False, key_bias=False, keep_class=True,
     final_norm=True, pool="none", activation="gelu", norm=LayerNorm(eps=1e-6),
 )
+# EVA2-CLIP-E (arXiv:2303.15389) as CogVLM reads it: norms after each half of a layer, and 63 of 64 layers, without the last norm.
+EVA2_E14_224 = ViTConfig(
+    width=1792, depth=63, heads=16, mlp=15_360, patch=14, grid=16, patch_bias=True, pre_norm=False, norms="after", last_norm=False,
+    pool="none", activation="gelu", norm=LayerNorm(eps=1e-6),
+)
 
 
 class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
         if (cfg.pool == "class" or cfg.keep_class) and not cfg.class_token:
             raise ConfigError("pool='class' and keep_class need class_token=True")
+        if (cfg.pool != "none" or cfg.final_norm) and not cfg.last_norm:
+            raise ConfigError(f"pool={cfg.pool!r} and final_norm={cfg.final_norm} read the last norm; set last_norm=True, or pool='none'")
         self.cfg = cfg
         d, n = cfg.width, (cfg.table or cfg.grid) ** 2 + cfg.class_token
         self.patch = Linear(cfg.patch_dim, d, "patch embed", bias=cfg.patch_bias, rngs=rngs)
@@ -110,7 +118,7 @@ class ViT(nnx.Module):
         self.position = param(rngs, (n, d), "position embed", normal(d**-0.5))
         self.pre_norm = cfg.norm.build(d, rngs=rngs) if cfg.pre_norm else None
         self.blocks = stack.make([lambda r: Block(cfg, rngs=r)], cfg.depth, rngs=rngs)
-        self.norm = cfg.norm.build(d, rngs=rngs)
+        self.norm = cfg.norm.build(d, rngs=rngs) if cfg.last_norm else None
         self.pool = AttentionPool(cfg, rngs=rngs) if cfg.pool == "map" else None
 
     def __call__(self, media: Media) -> Features:

@@ -8,6 +8,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.hf import (
     blip2,
     clip,
+    cogvlm,
     gemma,
     gemma3,
     idefics,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         gemma3.GEMMA3,
         idefics.IDEFICS,
         qwen_vl.QWEN3_VL, qwen_vl.QWEN2_5_VL, qwen_vl.QWEN2_VL,
+        cogvlm.COGVLM,
         llava_next.LLAVA_NEXT,
         llava_onevision.LLAVA_ONEVISION,
         blip2.BLIP2,
@@ -66,11 +68,11 @@ def describe(folder: Path) -> tuple[Family, Any]:
     hf = _json(folder / "config.json")
     if not hf:
         raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    if "model_type" not in hf:
+    # One type may have several architectures; and code that came with a folder may have given its models no type.
+    named = [f for f in FAMILIES.values() if f.architecture in (hf.get("architectures") or ())]
+    if "model_type" not in hf and not named:
         raise ConfigError(f"{folder}/config.json has no model_type; supported are {', '.join(FAMILIES)}")
-    # One type may have several architectures.
-    alike = (f for f in FAMILIES.values() if f.model_type == hf["model_type"] and f.architecture in (hf.get("architectures") or ()))
-    found = next(alike, None) or family(hf["model_type"])
+    found = next((f for f in named if f.model_type == hf.get("model_type", f.model_type)), None) or family(hf["model_type"])
     pre = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor") or {}
     try:
         return found, found.config(hf, pre)

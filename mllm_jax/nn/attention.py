@@ -70,15 +70,27 @@ class Attention(nnx.Module):
         With a `window` a position sees only so many of the last ones, itself among them.
         """
         memory = x if memory is None else memory
-        q, (k, v) = self.q(x), memory if isinstance(memory, tuple) else self.keys(memory)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
+        keys = memory if isinstance(memory, tuple) else self.keys(memory)
+        y, cache = self.mix(self.queries(x), keys, visibility, window=window, rotation=rotation, cache=cache)
+        return self.o(y), cache
+
+    def mix(
+        self, q: jax.Array, keys: Keys, visibility: Visibility | None = None, *, window: int | None = None,
+        rotation: Rotation | None = None, cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Queries f[b s h k] and keys -> f[b s h k], before the output matrix, and the cache."""
+        k, v = keys
         if rotation is not None:
             q, k = rotation(q), rotation(k)
         if cache is not None:
             cache = cache.write(k, v)
             k, v = cache.read()
-        return self.o(attend(q, k, v, visibility, scale=self.query_scale, window=window)), cache
+        return attend(q, k, v, visibility, scale=self.query_scale, window=window), cache
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """f[b s d] -> f[b s h k], not rotated yet."""
+        q = self.q(x)
+        return q if self.q_norm is None else self.q_norm(q)
 
     def keys(self, x: jax.Array) -> Keys:
         """f[b t d] -> keys, not rotated yet, and values."""

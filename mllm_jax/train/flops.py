@@ -11,16 +11,18 @@ trained layers, which passes none.  Attention counts visible pairs only, the out
 positions only, an encoder the layers that it runs.  Norms, activations, the optimizer, padding and what is
 recomputed (rematerialization) do not count: this is the work that the model asks for.
 
-Arithmetic on configurations; no array is made.  A new kind of part is a row in PARTS, a
+Arithmetic on configurations; no array is made.  A new kind of part is a row in PARTS, of layer in LAYERS, a
 connector one in flops_connectors.py.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from fnmatch import fnmatch
 from math import prod
 from typing import Any
 
+from mllm_jax.decoders.expert import ExpertLayer
+from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
@@ -41,6 +43,7 @@ class Counts:
     tokens: float = 0                   # positions that are not padding
     squares: float = 0                  # sum over packed examples of length^2
     trained: float = 0                  # positions with a weight in the loss
+    media: float = 0                    # of the tokens, those of media; told by the items
     items: Mapping[str, float] = field(default_factory=dict)    # modality -> media items
 
 
@@ -119,12 +122,25 @@ def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains
     passes = passes or any(trains(f"{path}/{x}") for x in ("embedding", "position"))
     for j, layer in enumerate(cfg.cycle):
         layers = len(range(j, cfg.depth, len(cfg.cycle)))
-        pairs = _pairs(cfg, layer.window, counts)
-        yield path, passes, _block(cfg, f"{path}/blocks/{j}", layers, counts.tokens, pairs, moe=layer.mlp, after=f"{path}/blocks")
+        yield path, passes, LAYERS[type(layer)](cfg, layer, f"{path}/blocks/{j}", layers, counts, f"{path}/blocks")
     if cfg.head != "none":
         passes = passes or trains(f"{path}/blocks") or trains(f"{path}/norm")
         matrix = f"{path}/head" if cfg.head == "own" else f"{path}/embedding/table"
         yield path, passes, [Matmul(path=matrix, inputs=cfg.width, outputs=cfg.vocab, times=counts.trained)]
+
+
+def _layer(cfg: DecoderConfig, layer: Layer, path: str, layers: float, counts: Counts, after: str) -> list[Matmul]:
+    return _block(cfg, path, layers, counts.tokens, _pairs(cfg, layer.window, counts), moe=layer.mlp, after=after)
+
+
+def _expert_layer(cfg: DecoderConfig, layer: ExpertLayer, path: str, layers: float, counts: Counts, after: str) -> list[Matmul]:
+    """What a position asks for: one set of weights, though both are applied to it."""
+    media = min(counts.media, counts.tokens)
+    text = _block(cfg, path, layers, counts.tokens - media, _pairs(cfg, layer.window, counts), after=after)
+    return text + _block(cfg, f"{path}/expert", layers, media, 0, after=after)
+
+
+LAYERS: dict[type, Callable] = {Layer: _layer, ExpertLayer: _expert_layer}
 
 
 def _pairs(cfg: DecoderConfig, window: int | None, counts: Counts) -> float:
@@ -141,7 +157,7 @@ def _pairs(cfg: DecoderConfig, window: int | None, counts: Counts) -> float:
 
 
 def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
-    learns = False
+    learns, media = False, 0.0
     for modality, tower in cfg.inputs.items():
         items, encoder, path = counts.items.get(modality, 0), tower.encoder, f"inputs/{modality}"
         yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
@@ -150,7 +166,8 @@ def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
         yield from PARTS[type(tower.connector)](
             tower.connector, f"{path}/connector", encoder.width, cfg.decoder.width, tokens, below, trains)
         learns = learns or below or trains(f"{path}/connector")
-    yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, counts, trains)
+        media += items * prod(tower.num_tokens(tower.nominal.grid)) if tower.route == "splice" else 0
+    yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, replace(counts, media=media), trains)
 
 
 def _dual_encoder(cfg: DualEncoderConfig, counts: Counts, trains: Trains) -> Iterator[Product]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mllm_jax.connectors.conv import CAbstractorConfig, LDPConfig, LDPv2Config, eighths
 from mllm_jax.connectors.deformable import DAbstractorConfig
+from mllm_jax.connectors.glu import GLUConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
@@ -33,6 +34,12 @@ def _mlp(cfg: MLPConfig, path: str, d_in: int, d_out: int, tokens: float, passes
     for i, (a, b) in enumerate(pairwise(widths)):
         yield path, passes, [Matmul(path=f"{path}/layers/{i}/kernel", inputs=a, outputs=b, times=tokens)]
         passes = passes or trains(f"{path}/layers/{i}")
+
+
+def _glu(cfg: GLUConfig, path: str, d_in: int, d: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:
+    sizes: Sizes = {"proj": (d_in, d, tokens), "mlp/gate": (d, cfg.hidden, tokens), "mlp/up": (d, cfg.hidden, tokens),
+                    "mlp/down": (cfg.hidden, d, tokens)}
+    yield from products(path, sizes, passes)
 
 
 def _pool(cfg: PoolConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:
@@ -111,6 +118,7 @@ CONNECTORS: dict[type, Callable[[Any, str, int, int, float, bool, Trains], Itera
     PoolConfig: _pool,
     CAbstractorConfig: _c_abstractor,
     DAbstractorConfig: _d_abstractor,
+    GLUConfig: _glu,
     LDPConfig: _ldp,
     LDPv2Config: _ldp_v2,
     PerceiverConfig: _perceiver,

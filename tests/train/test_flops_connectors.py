@@ -9,6 +9,7 @@ from flax import nnx
 
 from mllm_jax.connectors.conv import CAbstractorConfig, LDPConfig, LDPv2Config
 from mllm_jax.connectors.deformable import DAbstractorConfig
+from mllm_jax.connectors.glu import GLUConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
@@ -18,7 +19,7 @@ from mllm_jax.types import Features
 from tests.train.test_flops import matmul_flops
 
 CASES = [
-    (MLPConfig(), 1024, 4096), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
+    (MLPConfig(), 1024, 4096), (GLUConfig(hidden=11_008), 1792, 4096), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
     (PoolConfig(grid=16, to=8, before=MLPConfig(), after=MLPConfig(depth=1)), 1024, 4096),
     (CAbstractorConfig(grid=16, to=12), 1024, 4096), (CAbstractorConfig(grid=16, to=12, width=1280), 1024, 4096),
     (DAbstractorConfig(grid=16, to=12), 1024, 4096), (DAbstractorConfig(grid=16, to=12, width=1280, heads=8), 1024, 1280),
