@@ -72,6 +72,16 @@ def test_caption_drops_the_question_and_ends_in_a_new_line(tokenizer):
     assert trained(tokenizer, ids, weights) == ["A cat.\n"]
 
 
+def test_cogvlm_puts_the_image_first_and_ends_the_last_answer(tokenizer):
+    ids, weights = Template("cogvlm", tokenizer).turns((turn("user", "What ", "<image>", "is it?"), *CONVERSATION[1:]))
+    assert tokenizer.decode(ids) == "<s><image>Question: What is it? Answer: A cat.\nQuestion: Sure? Answer: Yes.</s>"
+    assert trained(tokenizer, ids, weights) == [" A cat.", " Yes.</s>"]
+    ids, weights = Template("base", tokenizer).turns((turn("user", "<image>"), turn("assistant", "A cat.")))
+    assert tokenizer.decode(ids) == "<s><image>A cat.</s>" and trained(tokenizer, ids, weights) == ["A cat.</s>"]
+    ids, _ = Template("cogvlm", tokenizer).turns(CONVERSATION[:1], prompt=True)
+    assert tokenizer.decode(ids) == "<s><image>Question: What is it? Answer:"
+
+
 @pytest.mark.parametrize("name", [*CHATS, "caption"])
 def test_ids_and_mask_equal_those_of_transformers(name, tokenizer):
     content = lambda t: [{"type": "text", "text": p.text} if p.kind == "text" else {"type": p.kind} for p in t.parts]

@@ -105,8 +105,8 @@ def test_states_logits_loss_and_gradients(case, torch, batch):
     @jax.jit
     def run(params):
         model = merge(case.graph, params)
-        o = model(batch)
-        return model.inputs["image"](batch.media["image"]).tokens, ours.decoder_states(model.decoder, model.embed(batch).x, batch), o.hidden @ o.unembed
+        o, states = model(batch), ours.decoder_states(model.decoder, model.embed(batch).x, batch)
+        return model.inputs["image"](batch.media["image"]).tokens, states, o.hidden @ o.unembed
 
     features, mine, got = run(case.params)
     two = case.model.model.vision(case.theirs(torch, batch, [0])[2]).detach()
