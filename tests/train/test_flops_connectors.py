@@ -19,7 +19,7 @@ from mllm_jax.types import Features
 from tests.train.test_flops import matmul_flops
 
 CASES = [
-    (MLPConfig(), 1024, 4096), (GLUConfig(hidden=11_008), 1792, 4096), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
+    (MLPConfig(), 1024, 4096), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
     (PoolConfig(grid=16, to=8, before=MLPConfig(), after=MLPConfig(depth=1)), 1024, 4096),
     (CAbstractorConfig(grid=16, to=12), 1024, 4096), (CAbstractorConfig(grid=16, to=12, width=1280), 1024, 4096),
     (DAbstractorConfig(grid=16, to=12), 1024, 4096), (DAbstractorConfig(grid=16, to=12, width=1280, heads=8), 1024, 1280),
@@ -27,6 +27,7 @@ CASES = [
     (PerceiverConfig(grid=16), 1024, 1024), (PerceiverConfig(grid=16, frames=2), 1024, 4096),
     (SincosResamplerConfig(grid=32, to=16, width=4096, heads=32), 1664, 4096),
     (SincosResamplerConfig(grid=16, to=8, width=1024, heads=8), 1024, 4096),
+    (GLUConfig(hidden=11_008), 1792, 4096),
 ]
 
 
