@@ -158,6 +158,15 @@ TEMPLATES = {
         "{{ text(message.content) + '<end_of_utterance>' }}{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '\\nAssistant:' }}{%- endif -%}"
     ),
+    # Idefics3 and SmolVLM: a new line after each turn; what stands around an image is its layout's.
+    "idefics3": _TEXT + (
+        "{{ bos_token }}{%- for message in messages -%}{{ message.role | capitalize + ':' }}"
+        "{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ ' ' + text(message.content) + '<end_of_utterance>' }}{%- endgeneration -%}"
+        "{%- else -%}{{ '' if message.content is not string and message.content[0].type == 'image' else ' ' }}"
+        "{{ text(message.content) + '<end_of_utterance>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+    ),
 }  # fmt: skip
 
 # Special tokens that a format writes; a tokenizer made here is given them.
@@ -169,10 +178,12 @@ TOKENS = {
     "flamingo": ("<|endofchunk|>",),
     "idefics": ("<fake_token_around_image>",),
     "idefics_instruct": ("<fake_token_around_image>", "<end_of_utterance>"),
+    "idefics3": ("<end_of_utterance>",),
 }
 # What ends a turn, besides the end token.
 STOPS = {"llama3": "<|eot_id|>", **dict.fromkeys(("chatml", "qwen2_vl", "qwen3_vl"), "<|im_end|>"), "caption": "\n",
-         "gemma": "<end_of_turn>", "flamingo": "<|endofchunk|>", "idefics_instruct": "<end_of_utterance>"}
+         "gemma": "<end_of_turn>", "flamingo": "<|endofchunk|>", "idefics_instruct": "<end_of_utterance>",
+         "idefics3": "<end_of_utterance>"}
 # Special tokens in the place of which a processor puts more, before tokenizing: the new lines merge with those beside them.
 AROUND = {"<start_of_image>": "\n\n<start_of_image>{image}<end_of_image>\n\n"}
 

@@ -4,12 +4,13 @@ Mistral is the same network, whose layers may see the last positions only.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
-from mllm_jax.hf.family import Family, Part, linear, norm, row
+from mllm_jax.hf.family import Family, Part, Row, linear, norm, row
 from mllm_jax.hf.options import Ids, activation, cycle, rope, their_activation, their_rope, window
 from mllm_jax.nn.param import RMSNorm
 
@@ -31,6 +32,13 @@ ROWS = (
     *norm("model.norm", "norm"),
     row("lm_head.weight", "head", "v d -> d v"),
 )  # fmt: skip
+
+
+def inside(place: str) -> tuple[Row, ...]:
+    """The rows where the language model without its head is called `place` and not "model."."""
+    return tuple(replace(r, theirs=r.theirs.replace("model.", place, 1)) for r in ROWS)
+
+
 # The frequencies are computed; a tied head is the embedding, also where a file repeats it.
 BUFFERS = (r"rotary_emb\.inv_freq$", r"lm_head\.weight$")
 DEFAULTS = {

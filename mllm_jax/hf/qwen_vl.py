@@ -190,7 +190,7 @@ TABLES = {                              # of the tower, and of the connector
 
 def family(kind: str, name: str, like: Any) -> Family:
     new = kind == "qwen3_vl"
-    text = tuple(replace(r, theirs=r.theirs.replace("model.", "model.language_model.", 1)) for r in llama.ROWS) if new else llama.ROWS
+    text = llama.inside("model.language_model.") if new else llama.ROWS
     visual = "model.visual." if new else "visual."
     ours, connector = TABLES[kind]
     return Family(

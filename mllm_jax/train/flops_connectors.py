@@ -14,6 +14,7 @@ from mllm_jax.connectors.glu import GLUConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
+from mllm_jax.connectors.shuffle import ShuffleConfig
 from mllm_jax.train.matmul import Matmul, Product, Trains
 
 Sizes = dict[str, tuple[float, float, float]]       # path of a layer -> (inputs, outputs, times)
@@ -49,6 +50,13 @@ def _pool(cfg: PoolConfig, path: str, d_in: int, d_out: int, tokens: float, pass
             for _, back, matmuls in CONNECTORS[type(part)](part, at, d_in, d_out, n, passes, trains):
                 yield path, back, matmuls
             d_in, passes = d_out, passes or trains(at)
+
+
+def _shuffle(cfg: ShuffleConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:
+    square = cfg.side**2
+    passes = passes or trains(f"{path}/mlp/norm")
+    for _, back, matmuls in _mlp(cfg.mlp, f"{path}/mlp", d_in * square, d_out, tokens / square, passes, trains):
+        yield path, back, matmuls
 
 
 def _c_abstractor(cfg: CAbstractorConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains):
@@ -122,5 +130,6 @@ CONNECTORS: dict[type, Callable[[Any, str, int, int, float, bool, Trains], Itera
     LDPConfig: _ldp,
     LDPv2Config: _ldp_v2,
     PerceiverConfig: _perceiver,
+    ShuffleConfig: _shuffle,
     SincosResamplerConfig: _sincos,
 }

@@ -95,6 +95,8 @@ def test_the_text_around_tiles_is_that_of_transformers(size):
     idefics = processor_of("idefics3", "Idefics3Processor", None, fake_image_token="<fake_token_around_image>", image_token="<image>",
                            global_image_tag="<global-img>", image_seq_len=4)
     theirs = idefics.replace_image_token({"rows": [[cut.rows]], "cols": [[cut.columns]]}, 0)
+    smol = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm").get_image_prompt_string
+    assert theirs == smol(cut.rows, cut.columns, 4, "<fake_token_around_image>", "<image>", "<global-img>")
     pieces = IDEFICS3(cut, (1, 2, 2))
     assert text_of(pieces, "<image>") == theirs
     assert np.concatenate([p.slots for p in pieces if isinstance(p, Run)]).tolist() == list(range(4 * cut.tiles))

@@ -13,7 +13,8 @@ from mllm_jax.connectors.glu import GLUConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
-from mllm_jax.nn.param import merge, split
+from mllm_jax.connectors.shuffle import ShuffleConfig
+from mllm_jax.nn.param import LayerNorm, merge, split
 from mllm_jax.train.flops_connectors import CONNECTORS
 from mllm_jax.types import Features
 from tests.train.test_flops import matmul_flops
@@ -21,6 +22,8 @@ from tests.train.test_flops import matmul_flops
 CASES = [
     (MLPConfig(), 1024, 4096), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
     (PoolConfig(grid=16, to=8, before=MLPConfig(), after=MLPConfig(depth=1)), 1024, 4096),
+    (ShuffleConfig(grid=16, side=4, mlp=MLPConfig(depth=1, bias=False)), 768, 2048),
+    (ShuffleConfig(grid=16, mlp=MLPConfig(norm=LayerNorm())), 1024, 3584),
     (CAbstractorConfig(grid=16, to=12), 1024, 4096), (CAbstractorConfig(grid=16, to=12, width=1280), 1024, 4096),
     (DAbstractorConfig(grid=16, to=12), 1024, 4096), (DAbstractorConfig(grid=16, to=12, width=1280, heads=8), 1024, 1280),
     (LDPConfig(grid=16), 1024, 2048), (LDPv2Config(grid=16, to=12), 1024, 2048),
