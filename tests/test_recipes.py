@@ -32,6 +32,7 @@ KNOBS = {
     "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
     "projector/llava_15": ("size=7b", "size=13b"),
     "resolution/llava_next": ("size=7b", "size=13b", "size=mistral_7b"),
+    "resolution/llava_onevision": ("size=0.5b", "size=7b", "size=72b"),
 }
 NAMES = recipe_names()
 ALL = [f"{name}:{knobs}" if knobs else name for name in NAMES for knobs in KNOBS.get(name, ("",))]

@@ -75,6 +75,15 @@ DATASETS = {
        for name, file, whose in (
            ("mimicit_la_256k", "la_tune_256k", "MIMIC-IT"), ("lrv_331k", "lrv_tune_331k", "LRV-Instruction"),
            ("lvis_instruct_220k", "lvis_tune_220k_", "LVIS-Instruct4V"), ("svit_157k", "svit_tune_157k", "SVIT"))},
+    # LLaVA-OneVision: its mid stage, single images (of both some 0.1M records were never released), several images, and videos.
+    **{name: Dataset(
+        format="llava", path=f"{file}.json", options={"images": file.partition("/")[0]}, records=records, licence="those of its parts",
+        url=f"https://huggingface.co/{url}")
+       for name, file, records, url in (
+           ("llava_onevision_mid_4m", "LLaVA-OneVision-Mid-Data/mid_stage", 4_000_000, "datasets/lmms-lab/LLaVA-OneVision-Mid-Data"),
+           ("llava_onevision_3m2", "LLaVA-OneVision-Data/single_image", 3_200_000, "datasets/lmms-lab/LLaVA-OneVision-Data"),
+           ("m4_instruct_560k", "M4-Instruct-Data/m4_instruct_annotations", 560_000, "datasets/lmms-lab/M4-Instruct-Data"),
+           ("llava_onevision_video_350k", "ShareGPTVideo/onevision", 350_000, "ShareGPTVideo"))},
     # Pairs for contrastive training, as img2dataset writes them.
     "datacomp_1b": Dataset(
         format="webdataset",

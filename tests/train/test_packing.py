@@ -18,6 +18,7 @@ from mllm_jax.objectives import NextToken
 from mllm_jax.sharding import Layout
 from mllm_jax.train.state import Blueprint
 from mllm_jax.types import Batch, Blob, Example, Part, Turn
+from tests.data.test_video import clip
 from tests.synthetic import randomized
 
 EXAMPLES = 10
@@ -26,6 +27,7 @@ ROOMS = {                               # recipe -> positions and image tiles of
     "projector/paligemma": (192, 3),    # prefixes
     "projector/gemma3": (192, 3),       # spans and windows
     "resolution/llava_next": (448, 15),
+    "resolution/llava_onevision": (448, 15),        # and videos
     "experts/moe_llava": (192, 3),
 }
 
@@ -48,14 +50,23 @@ def examples() -> list[Example]:
     return out
 
 
+def filmed(example: Example) -> Example:
+    """The same with a video in the place of its first image."""
+    film = lambda part: replace(part, kind="video") if part.media == 0 else part
+    turns = tuple(replace(turn, parts=tuple(map(film, turn.parts))) for turn in example.turns)
+    return replace(example, turns=turns, media=(Blob(kind="video", data=clip(total=5)), *example.media[1:]))
+
+
 @pytest.fixture(scope="module", params=ROOMS)
 def batches(request) -> tuple[object, Batch, Batch, list[Row]]:
     """(model, packed batch, one example per row, packed rows)."""
     recipe, (seq, items) = load(request.param).tiny(), ROOMS[request.param]
     model = replace(recipe.model, decoder=replace(recipe.model.decoder, kv_heads=2))
-    tokenizer = load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes", media=("image", "video"))
+    films = "video" in model.inputs["image"].also
     spec = row_spec(seq, {"image": items}, model.inputs, tokenizer.pad_token_id)
-    sequences = [encode(e, template="plain", tokenizer=tokenizer, towers=model.inputs, max_len=seq) for e in examples()]
+    sequences = [encode(e, template="plain", tokenizer=tokenizer, towers=model.inputs, max_len=seq)
+                 for e in (filmed(e) if films and i % 4 == 1 else e for i, e in enumerate(examples()))]
     packed = list(pack(sequences, spec))
     return model, batch_of(packed, spec, model), batch_of([one_row(s, spec) for s in sequences], spec, model), packed
 
