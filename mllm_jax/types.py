@@ -119,6 +119,7 @@ class Item:
     cut: Cut
     room: int                           # what it takes of a row: tiles, or patches where the layout is packed
     num_tokens: int                     # media tokens of all its tiles, after the connector
+    text: np.ndarray | None = None      # i32[t]    that the tower reads beside it, in a vocabulary of its own
 
 
 @record

@@ -56,7 +56,9 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
             token = np.where(inside <= n, inside - 1 + n * (segments - 1), items * n + inside - 1 - n)
             slot = np.where(here, token, -1)
             kinds = np.where(here, KINDS[modality], kinds)
+        text = rng.integers(3, tower.words.vocab, (rows, items, tower.words.length)) if tower.words else None
         media[modality] = Media(
+            text=None if text is None else np.where(rng.random(text.shape) < 0.8, text, -1).astype(np.int32),
             values=rng.integers(0, 256, (rows, items, p, tower.encoder.patch_dim)).astype(np.uint8),
             coords=np.zeros((rows, items, p, 3), np.int32), mask=np.ones((rows, items), bool), slot=slot.astype(np.int32))
     trained = (rng.random((rows, seq_len)) < 0.4) & (kinds == 0) & (segments > 0)

@@ -160,7 +160,8 @@ def batch_of(p: Planned) -> Any:
             values=jax.ShapeDtypeStruct((*patches, room.width), jnp.uint8), coords=i32(*patches, 3), slot=i32(b, s),
             mask=jax.ShapeDtypeStruct((b, room.items), jnp.bool_), item=i32(*patches) if room.packed else None,
             taps=i32(b, s, 4) if room.taps else None,
-            mix=jax.ShapeDtypeStruct((b, s, 4), jnp.float32) if room.taps else None)
+            mix=jax.ShapeDtypeStruct((b, s, 4), jnp.float32) if room.taps else None,
+            text=i32(b, room.items, room.text) if room.text else None)
     return Batch(tokens=i32(b, s), targets=i32(b, s), weights=jax.ShapeDtypeStruct((b, s), jnp.float32), segments=i32(b, s),
                  positions=i32(b, s, 3), kinds=i32(b, s), blocks=i32(b, s) if p.spec.blocks else None, media=media)
 

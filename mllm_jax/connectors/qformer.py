@@ -87,6 +87,9 @@ class QFormer(nnx.Module):
     def __init__(self, cfg: QFormerConfig, d_memory: int, *, rngs: nnx.Rngs):
         self.cfg = cfg
         words, d = cfg.words, cfg.width
+        if words and words.length > words.positions:
+            raise ConfigError(f"the Q-Former reads texts of up to {words.length} tokens and has {words.positions} positions; "
+                              "make words.length at most that")
         self.queries = param(rngs, (cfg.queries, d), "query embed", normal(0.02))
         self.embedding = Embedding(words.vocab, d, rngs=rngs) if words else None
         self.position = param(rngs, (words.positions, d), "position embed", normal(0.02)) if words else None

@@ -99,6 +99,7 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
             item=np.zeros(patches, np.int32) if room.packed else None,
             taps=of("taps", modality) if room.taps else None,
             mix=of("mix", modality) if room.taps else None,
+            text=np.full((len(rows), room.items, room.text), -1, np.int32) if room.text else None,
         )
     for r, (row, items) in enumerate(zip(rows, decoded, strict=True)):
         for number, (place, (values, coords)) in enumerate(zip(row.media, items, strict=True), start=1):
@@ -107,6 +108,8 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
             into.mask[r, here] = True
             if into.item is not None:
                 into.item[r, here] = number
+            if into.text is not None:
+                into.text[r, here, : len(place.item.text)] = place.item.text
     return Batch(
         tokens=stack("tokens"),
         targets=stack("targets"),

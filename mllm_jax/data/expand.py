@@ -19,12 +19,14 @@ from mllm_jax.data.errors import BadExample
 from mllm_jax.data.layouts import MARK, Plain, alone, on_grid
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenizer import placeholder
+from mllm_jax.data.words import tokens_of
 from mllm_jax.types import KINDS, Blob, Example, Grid, Item, Run
 from mllm_jax.types import Sequence as Tokens
 
 
 def expand(
     example: Example, ids: np.ndarray, weights: np.ndarray, used: Sequence[int], template: Template, towers: Mapping[str, Any],
+    texts: Sequence[str],
 ) -> tuple[Tokens, int]:
     """The sequence, and how many of its positions must stay together with its media when it is cut.
 
@@ -32,6 +34,7 @@ def expand(
       ids: i32[n] with a placeholder for each medium, or for none if the template is of pairs.
       weights: f32[n] of these ids.
       used: indices of the media of the example, in the order of the text.
+      texts: what stands beside each of them, for a tower that reads it.
 
     Raises:
       BadExample: a medium is missing or broken, or the placeholders are not as many as the media.
@@ -39,7 +42,7 @@ def expand(
     """
     kinds = [example.media[i].kind for i in used]
     ways = [entrance(towers, kind, several=kinds.count("image") > 1) for kind in kinds]
-    items = tuple(_item(example.media[i], *way) for i, way in zip(used, ways))
+    items = tuple(_item(example.media[i], *way, text) for i, way, text in zip(used, ways, texts, strict=True))
     places = []
     for kind in {} if template.pairs else dict.fromkeys(kinds):
         token, id = placeholder(template.tokenizer, kind)
@@ -76,12 +79,13 @@ def entrance(towers: Mapping[str, Any], kind: str, *, several: bool = False) -> 
     raise ConfigError(f"the data has {kind}s and the model takes {takes}; choose another source")
 
 
-def _item(blob: Blob, name: str, tower: Any) -> Item:
+def _item(blob: Blob, name: str, tower: Any, text: str) -> Item:
     cut = tower.view.look(blob, tower.patch)
     room = prod(cut.grid) if tower.view.packed else cut.tiles
     if tower.route == "memory" and cut.tiles > 1:
         raise ConfigError(f"an {blob.kind} of {cut.tiles} tiles cannot be read from memory, which has one tile an item; use another view")
-    return Item(modality=name, blob=blob, cut=cut, room=room, num_tokens=cut.tiles * prod(tower.num_tokens(cut.grid)))
+    words = tower.words and tokens_of(text, tower.words)
+    return Item(modality=name, blob=blob, cut=cut, room=room, num_tokens=cut.tiles * prod(tower.num_tokens(cut.grid)), text=words)
 
 
 def _sees(towers: Mapping[str, Any]) -> set[str]:

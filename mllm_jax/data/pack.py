@@ -35,6 +35,7 @@ class MediaSpec:
     patches: int = 1                    # packed: that become one token
     packed: bool = False
     taps: bool = False                  # some tokens may be means of several
+    text: int = 0                       # most tokens of text that is read beside an item
 
     @property
     def tokens(self) -> int:
@@ -88,7 +89,8 @@ def row_spec(seq_len: int, items: Mapping[str, int], towers: Mapping[str, Any], 
     for modality, tower in towers.items():
         patches, tokens, room = tower.nominal.grid, prod(tower.num_tokens(tower.nominal.grid)), items.get(modality, tower.room)
         common = {"width": tower.encoder.patch_dim, "route": tower.route,
-                  "taps": any(way.layout is not None and way.layout.taps for way in tower.kinds.values())}  # fmt: skip
+                  "taps": any(way.layout is not None and way.layout.taps for way in tower.kinds.values()),
+                  "text": tower.words.length if tower.words else 0}  # fmt: skip
         if tower.view.packed:
             ratio = prod(patches) // tokens
             media[modality] = MediaSpec(

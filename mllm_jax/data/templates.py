@@ -49,6 +49,13 @@ _CHATML = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 _TAGGED = "'<|vision_start|>' + " + _MEDIUM + " + '<|vision_end|>'"
+# The processors of BLIP-2 and InstructBLIP put media first, before the token that begins a text.
+_FIRST = (
+    "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content if part.type == 'text' -%}"
+    "{{ part.text }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{%- for message in messages if message.content is not string -%}{%- for part in message.content if part.type != 'text' -%}"
+    "{{ " + _MEDIUM + " }}{%- endfor -%}{%- endfor -%}"
+)
 
 TEMPLATES = {
     # LLaVA-1.5, conversation.py conv_vicuna_v1: no space after </s>, and one before the answer, which is trained.
@@ -89,6 +96,19 @@ TEMPLATES = {
         "{%- generation -%}{{ text(message.content) + '\\n' }}{%- endgeneration -%}"
         "{%- elif message.content is not string -%}{%- for part in message.content -%}"
         "{{ '' if part.type == 'text' else " + _MEDIUM + " }}{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    ),
+    # BLIP-2 with OPT (LAVIS, blip2_opt.py): a new line ends the text; the token that begins it is trained unless there is a question.
+    "blip2": _FIRST + (
+        "{%- set so = namespace(far='') -%}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ (' ' if so.far else bos_token) + words(message.content) + '\\n' }}{%- endgeneration -%}"
+        "{%- set so.far = 'said' -%}{%- elif words(message.content) -%}{{ ('' if so.far else bos_token) + words(message.content) }}"
+        "{%- set so.far = 'asked' -%}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt and not so.far -%}{{ bos_token }}{%- endif -%}"
+    ),
+    # InstructBLIP with Vicuna (LAVIS, blip2_vicuna_instruct.py): an instruction and its answer, without names of roles.
+    "instructblip": _FIRST + (
+        "{{ bos_token }}{%- for message in messages -%}{%- if message.role == 'assistant' -%}"
+        "{%- generation -%}{{ ' ' + words(message.content) + eos_token }}{%- endgeneration -%}"
+        "{%- else -%}{{ words(message.content) }}{%- endif -%}{%- endfor -%}"
     ),
     # Gemma 3, as its tokenizer has it, with the spans of what is trained; AROUND says what becomes of an image.
     "gemma": (
@@ -183,7 +203,7 @@ TOKENS = {
 # What ends a turn, besides the end token.
 STOPS = {"llama3": "<|eot_id|>", **dict.fromkeys(("chatml", "qwen2_vl", "qwen3_vl"), "<|im_end|>"), "caption": "\n",
          "gemma": "<end_of_turn>", "flamingo": "<|endofchunk|>", "idefics_instruct": "<end_of_utterance>",
-         "idefics3": "<end_of_utterance>"}
+         "idefics3": "<end_of_utterance>", "blip2": "\n"}
 # Special tokens in the place of which a processor puts more, before tokenizing: the new lines merge with those beside them.
 AROUND = {"<start_of_image>": "\n\n<start_of_image>{image}<end_of_image>\n\n"}
 

@@ -20,6 +20,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.expand import expand
 from mllm_jax.data.templates import Template, encode_pair
+from mllm_jax.data.words import said
 from mllm_jax.types import Example, Part, Sequence, Turn
 
 
@@ -50,13 +51,13 @@ def encode(
             if max_len is None:
                 raise ConfigError(f"the template {template.name!r} fills a row; pass max_len, its length")
             ids, weights = encode_pair(_caption(example, rng), template, max_len)
-            used = range(len(example.media))
+            used, texts = range(len(example.media)), [""] * len(example.media)
         else:
             turns = _turns(example, template, rng)
             _check(turns)
             ids, weights = template.turns(turns)
-            used = [part.media for turn in turns for part in turn.parts if part.kind != "text"]
-        sequence = _fit(*expand(example, ids, weights, used, template, towers), max_len, overlong)
+            used, texts = _media(turns), said(turns)
+        sequence = _fit(*expand(example, ids, weights, used, template, towers, texts), max_len, overlong)
         if not sequence.weights.any():
             detail = f"none of {len(sequence)} tokens has a weight under the template {template.name!r}"
             raise BadExample("", "no_trained", detail)
@@ -83,8 +84,7 @@ def encode_prompt(
         if not turns:
             raise BadExample("", "roles", "nothing comes before the first answer")
         ids, weights = template.turns(turns, prompt=True)
-        used = [part.media for turn in turns for part in turn.parts if part.kind != "text"]
-        return _fit(*expand(example, ids, weights, used, template, towers), max_len, "raise")
+        return _fit(*expand(example, ids, weights, _media(turns), template, towers, said(turns)), max_len, "raise")
     except BadExample as error:
         raise error.of(example.id) from error.__cause__
 
@@ -102,6 +102,10 @@ def _fit(sequence: Sequence, end: int, max_len: int | None, overlong: str) -> Se
     names = ("tokens", "targets", "weights", "kinds", "positions", "blocks", "taps", "mix")
     arrays = {name: None if (x := getattr(sequence, name)) is None else x[:max_len] for name in names}
     return replace(sequence, **arrays, slots={name: slot[:max_len] for name, slot in sequence.slots.items()})
+
+
+def _media(turns: Iterable[Turn]) -> list[int]:
+    return [part.media for turn in turns for part in turn.parts if part.kind != "text"]
 
 
 def _check(turns: Iterable[Turn]) -> None:

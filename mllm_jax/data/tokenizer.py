@@ -42,6 +42,9 @@ def load_tokenizer(
     if name.startswith("bpe:"):
         return _wrap(_train(name, texts, special), special)
     tokenizer = _read(name)
+    for own, of_bert in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
+        if getattr(tokenizer, own) is None and getattr(tokenizer, of_bert, None) is not None:
+            setattr(tokenizer, own, getattr(tokenizer, of_bert))
     if tokenizer.eos_token is None:
         raise ConfigError(f"the tokenizer {name!r} has no end token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:     # never trained and never seen, so any id will do and none need be added

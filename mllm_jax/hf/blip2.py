@@ -86,7 +86,12 @@ def former(hf: Mapping[str, Any], queries: int, tokens: int, *, words: bool) -> 
         tokens=tokens, queries=queries, width=hf["hidden_size"], depth=hf["num_hidden_layers"], heads=hf["num_attention_heads"],
         mlp=hf["intermediate_size"], every=hf["cross_attention_frequency"], activation=activation(hf["hidden_act"]),
         norm=LayerNorm(eps=hf["layer_norm_eps"]),
-        words=Words(vocab=hf["vocab_size"], positions=hf["max_position_embeddings"]) if words else None)
+        words=words_of(hf["vocab_size"], hf["max_position_embeddings"]) if words else None)
+
+
+def words_of(vocab: int, positions: int) -> Words:
+    usual = Words()
+    return replace(usual, vocab=vocab, positions=positions, length=min(usual.length, positions))
 
 
 def their_former(cfg: QFormerConfig, width: int, model_type: str) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def hf_config(cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:
 
 
 def retrieval(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> BridgeConfig:
-    image = tower(hf, pre, words=True)
+    image = replace(tower(hf, pre, words=True), route="pool")
     return BridgeConfig(inputs={"image": image}, dim=hf.get("image_text_hidden_size", 256), temperature=None, captions=False)
 
 

@@ -45,6 +45,8 @@ def convert_folder(source: str | Path, folder: str | Path, to: str = "native", *
         for file in sorted(source.iterdir()):
             if file.suffix in KEPT and file.name != INDEX and file.is_file():
                 shutil.copyfile(file, new / file.name)
+            elif file.name in family.tokenizers and file.is_dir():
+                shutil.copytree(file, new / file.name)
         if to == "hf":
             write_hf(new, family, links, ((x, read(x)) for x in links), dtypes, max_shard_bytes)
         else:

@@ -7,6 +7,7 @@ The folder appears at the end, whole.  No torch is needed to write it.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -86,6 +87,7 @@ def export(
                 (new / file).write_text(json.dumps(content, indent=2) + "\n")
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
+                _save_tokenizers(chosen, cfg, new)
             if template := chat_template or getattr(tokenizer, "chat_template", None):
                 (new / "chat_template.jinja").write_text(template)
         write_hf(new, chosen, links, _stream(params, links, dtype), {k: dtype or p.dtype for k, p in params.items()}, max_shard_bytes)
@@ -122,6 +124,15 @@ def write_hf(
         total = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in spec.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: file for file, names in files.items() for n in names}}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_tokenizers(family: Family, cfg: Any, folder: Path) -> None:
+    """Those of the text that towers read, each in its folder beside the weights."""
+    from mllm_jax.data.tokenizer import load_tokenizer
+
+    named = lambda node, name: node[name] if isinstance(node, Mapping) else getattr(node, name)
+    for beside, path in family.tokenizers.items():
+        load_tokenizer(functools.reduce(named, path.split("."), cfg), media=()).save_pretrained(folder / beside)
 
 
 def _stream(params: Mapping[str, jax.Array], links: list[Link], dtype: Any) -> Iterator[tuple[Link, np.ndarray]]:

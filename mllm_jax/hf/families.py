@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, override
 from mllm_jax.hf import (
     blip2,
     clip,
@@ -13,6 +13,7 @@ from mllm_jax.hf import (
     gemma3,
     idefics,
     idefics3,
+    instructblip,
     llama,
     llava,
     llava_next,
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
         llava_onevision.LLAVA_ONEVISION,
         blip2.BLIP2,
         blip2.RETRIEVAL,
+        instructblip.INSTRUCTBLIP,
         llava.LLAVA,                    # what no other one takes
     )
 }  # fmt: skip
@@ -77,7 +79,10 @@ def describe(folder: Path) -> tuple[Family, Any]:
     found = next((f for f in named if f.model_type == hf.get("model_type", f.model_type)), None) or family(hf["model_type"])
     pre = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor") or {}
     try:
-        return found, found.config(hf, pre)
+        cfg = found.config(hf, pre)
+        for beside, path in found.tokenizers.items():
+            cfg = override(cfg, f"{path}={folder / beside}") if (folder / beside).is_dir() else cfg
+        return found, cfg
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
 

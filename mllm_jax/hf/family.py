@@ -104,6 +104,7 @@ class Family:
     processor_class: str = ""                                           # of transformers; "" for text alone
     layouts: tuple[tuple[str, str], ...] = ()   # regular expressions that bring other key layouts into that of the table
     ignore: tuple[str, ...] = ()                # buffers that old files hold: regular expressions
+    tokenizers: Mapping[str, str] = field(default_factory=dict)     # folder beside the weights -> where our configuration names it
     variant: str = ""                           # where several architectures have one model_type
     free: tuple[str, ...] = ()                  # fields of our configuration that a checkpoint need not say, globs as in compare
 

@@ -30,7 +30,7 @@ from mllm_jax.types import Batch, Outputs, Pairs
 
 @config
 class BridgeConfig:
-    inputs: Mapping[str, TowerConfig]   # one tower, whose connector is a Q-Former that knows words
+    inputs: Mapping[str, TowerConfig]   # one tower with route="pool", whose connector is a Q-Former that knows words
     dim: int = 256                      # of the space where queries and texts are compared
     temperature: float | None = 0.07    # learned, similarities are divided by it; None: they are cosines, as in transformers
     captions: bool = True               # False: without the layer that writes captions, of which transformers has none
@@ -48,6 +48,9 @@ class BridgeConfig:
         if not isinstance(former, QFormerConfig) or former.words is None:
             raise ConfigError(f"a Bridge trains one Q-Former that knows words; its inputs are {sorted(self.inputs)}, connected by "
                               f"{', '.join(type(t.connector).__name__ for t in towers) or 'nothing'}; give it one with words=Words()")
+        if towers[0].route != "pool":
+            raise ConfigError(f"the tower of a Bridge has route='pool', for its rows are captions alone; it is {towers[0].route!r}")
+        former.num_tokens(towers[0].encoder.num_tokens(towers[0].nominal.grid))
         return towers[0]
 
     @property

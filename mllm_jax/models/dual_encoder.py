@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.config import config
+from mllm_jax.config import ConfigError, config
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.models.tower import TowerConfig, one_item
 from mllm_jax.nn.param import Linear, param
@@ -41,6 +41,8 @@ class DualEncoderConfig:
 
 class DualEncoder(nnx.Module):
     def __init__(self, cfg: DualEncoderConfig, *, rngs: nnx.Rngs):
+        if connected := [m for m, t in cfg.inputs.items() if t.connector is not None]:
+            raise ConfigError(f"a dual encoder pools its towers, and takes no connector; {', '.join(connected)} has one")
         self.cfg = cfg
         widths = {m: t.check().encoder.width for m, t in cfg.inputs.items()} | {"text": cfg.text.width}
         self.inputs = nnx.Dict({m: t.encoder.build(rngs=rngs) for m, t in cfg.inputs.items()})

@@ -54,7 +54,7 @@ class TowerConfig:
     """One modality: view, encoder, connector, and how the features enter the row.
 
     `route="splice"` puts them into the row where the medium stands; `"memory"` keeps them beside it for cross-attention;
-    `"pool"` keeps one vector of each item (dual encoders), and takes no connector.
+    `"pool"` keeps media out of the decoder: a model without one has vectors of them, with or without a connector.
 
     `also` are other kinds of media that the same encoder reads: "video", or "images" for examples of several images.
     """
@@ -72,6 +72,11 @@ class TowerConfig:
         """Media tokens that the connector makes of a tile of this many patches."""
         tokens = self.encoder.num_tokens(grid)
         return (0, 0, 0) if self.route == "pool" else self.connector.num_tokens(tokens)
+
+    @property
+    def words(self) -> Any:
+        """How text is read beside each medium (data/words.py); None where it is not, and in rows that are that text."""
+        return None if self.route == "pool" else getattr(self.connector, "words", None)
 
     @property
     def patch(self) -> int:
@@ -101,8 +106,8 @@ class TowerConfig:
 
     def check(self) -> "TowerConfig":
         """Itself, if view and encoder agree on the grid; otherwise a ConfigError that says how to mend it."""
-        if (self.connector is None) != (self.route == "pool"):
-            raise ConfigError(f"a tower with route={self.route!r} {'needs a' if self.connector is None else 'takes no'} connector")
+        if self.connector is None and self.route != "pool":
+            raise ConfigError(f"a tower with route={self.route!r} needs a connector")
         for kind, tower in self.kinds.items():
             for name, known in (("sees", ("causal", "item", "prefix")), ("place", ("row", "grid", "one"))):
                 if getattr(tower, name) not in known:
@@ -129,7 +134,8 @@ class Tower(nnx.Module):
 
     def __call__(self, media: Media) -> Features:
         """f[b m d]: the tokens of all items, and after them the marks."""
-        features = self.connector(self.encoder(media))
+        features = self.encoder(media)
+        features = self.connector(features if media.text is None else replace(features, text=media.text))
         if not self.names:
             return features
         marks = jnp.stack([self.marks[name][...] for name in self.names])

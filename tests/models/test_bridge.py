@@ -33,7 +33,7 @@ OBJECTIVES = {"itc": InfoNCE(smoothing=0.1, candidates_learn=False), "itm": Matc
 def config(**former) -> BridgeConfig:
     connector = QFormerConfig(**former)
     encoder = replace(vit.EVA_G14_224.tiny(), width=12, depth=1)
-    return BridgeConfig(inputs={"image": TowerConfig(view=Square(size=32), encoder=encoder, connector=connector)}, dim=8)
+    return BridgeConfig(inputs={"image": TowerConfig(view=Square(size=32), encoder=encoder, connector=connector, route="pool")}, dim=8)
 
 
 TINY = config(tokens=17, queries=3, width=16, depth=2, heads=2, mlp=24, words=Words(vocab=41, positions=16))
