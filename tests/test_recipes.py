@@ -30,15 +30,18 @@ KNOBS = {
     "contrastive/clip": ("size=b32", "size=b16", "size=l14"),
     "contrastive/siglip": ("size=b16", "size=so400m"),
     "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
+    "projector/honeybee": ("connector=c", "connector=d"),
     "projector/llava_15": ("size=7b", "size=13b"),
+    "projector/mobilevlm": ("size=1.7b", "size=3b"),
+    "projector/mobilevlm_v2": ("size=1.7b", "size=3b", "size=7b"),
     "resolution/llava_next": ("size=7b", "size=13b", "size=mistral_7b"),
     "resolution/llava_onevision": ("size=0.5b", "size=7b", "size=72b"),
 }
 NAMES = recipe_names()
 ALL = [f"{name}:{knobs}" if knobs else name for name in NAMES for knobs in KNOBS.get(name, ("",))]
 STAGES = [(name, stage) for name in NAMES for stage in load(name).stages]
-# transformers has two linear layers between tower and decoder, never one; and no LLaVA with experts.
-NO_CLASS = {"projector/llava", "experts/moe_llava"}
+# transformers has no class for them; of LLaVA, because it has two linear layers between tower and decoder, never one.
+NO_CLASS = {"experts/moe_llava", "projector/honeybee", "projector/llava", "projector/mobilevlm", "projector/mobilevlm_v2", "resampler/qwen_vl"}
 
 
 def test_the_contents_of_the_cookbook_are_complete():

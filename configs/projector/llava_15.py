@@ -1,6 +1,6 @@
 """LLaVA-1.5 (arXiv:2310.03744): LLaVA with an MLP for the matrix, 336 pixels, and questions from academic sets.
 
-New here: `depth=2`, a larger picture padded to a square, and a mixture that asks for short answers.
+New here: `depth=2`, a larger picture, in the second stage padded to a square, and a mixture that asks for short answers.
 Hyper-parameters: the paper, table 9, and the official scripts/v1_5.  A row of the first stage is one of the
 paper's 256 examples; in the second, 64 packed rows hold about its 128.
 """
@@ -8,7 +8,7 @@ paper's 256 examples; in the second, 64 packed rows hold about its 128.
 from dataclasses import replace
 
 from mllm_jax.connectors.mlp import MLPConfig
-from mllm_jax.data.views import Pad
+from mllm_jax.data.views import Pad, Square
 from mllm_jax.decoders import transformer as llm
 from mllm_jax.encoders import vit
 from mllm_jax.models.mllm import MLLMConfig
@@ -22,13 +22,15 @@ DECODERS = {"7b": (llm.VICUNA_7B, 7.06e9), "13b": (llm.VICUNA_13B, 13.35e9)}
 def recipe(size: str = "7b") -> Recipe:
     decoder, params = DECODERS[size]
     image = TowerConfig(view=Pad(size=336), encoder=replace(vit.CLIP_L14_336, layer=-2), connector=MLPConfig(depth=2))
+    model = MLLMConfig(inputs={"image": image}, decoder=replace(decoder, vocab=32_064))
     return Recipe(
         paper="arXiv:2310.03744",
         params=params,
         tokenizer=f"hf://lmsys/vicuna-{size}-v1.5",
-        model=MLLMConfig(inputs={"image": image}, decoder=replace(decoder, vocab=32_064)),
+        model=model,
         stages={
             "align": Stage(
+                model=replace(model, inputs={"image": replace(image, view=Square(size=336, crop=True))}),
                 data=Data(sources={"llava_lcs_558k": 1.0}, batch_size=256, seq_len=768, template="caption", pack=False, overlong="truncate"),
                 objectives={"lm": NextToken()},
                 optimizer=Adam(lr=1e-3),

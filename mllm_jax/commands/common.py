@@ -22,6 +22,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help="a run (runs/first-digits) or a Hugging Face folder")
 
 
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="path.to.field=value", dest="changes",
+                        help="read the same weights with another value, such as inputs.image.view.size=448; repeat for more")
+
+
 def start(args: argparse.Namespace, platform: str | None = None) -> tuple[Any, Any]:
     """(the runtime, the layout) of this process; nothing may have imported jax before."""
     from mllm_jax.launch import runtime
@@ -58,12 +63,31 @@ def is_run(folder: Path) -> bool:
     return (folder / "recipe.json").exists()
 
 
-def open_model(source: str, layout: Any) -> tuple[Any, Any, dict, Any]:
+def open_model(source: str, layout: Any, changes: list[str] = ()) -> tuple[Any, Any, dict, Any]:
     """(recipe or None, model config, parameters, tokenizer) of a run folder or of a Hugging Face folder or name.
 
+    `changes` of the model's configuration, written path.to.field=value, are those that leave its parameters as they are.
+
     Raises:
-      ConfigError: it is neither.
+      ConfigError: it is neither, or a change would need other parameters.
     """
+    recipe, cfg, params, tokenizer = _open(source, layout)
+    if not changes:
+        return recipe, cfg, params, tokenizer
+
+    from mllm_jax.config import override
+    from mllm_jax.hf.family import parameter_shapes
+
+    for assignment in changes:
+        cfg = override(cfg, assignment)
+    shapes = parameter_shapes(cfg)
+    if odd := sorted(k for k in shapes.keys() | params.keys() if k not in params or shapes.get(k) != params[k].shape):
+        raise ConfigError(f"--set {' --set '.join(changes)} changes the shapes of parameters, {odd[0]} first; the trained weights do "
+                          "not fit. Change what only computes, such as the windows of a pool")
+    return recipe, cfg, params, tokenizer
+
+
+def _open(source: str, layout: Any) -> tuple[Any, Any, dict, Any]:
     folder = Path(source)
     if is_run(folder):
         from mllm_jax.train.run import restore_params

@@ -18,6 +18,7 @@ examples:
   mllm-jax evaluate runs/first-digits answers source=digits_test limit=500
   mllm-jax evaluate clip-vit-base-patch32 retrieval source=parquet:flickr30k pool=1000
   mllm-jax evaluate runs/first-digits perplexity source=digits_test limit=200 --layout cpu-8
+  mllm-jax evaluate runs/resolution-m3 answers source=vqav2 --set "inputs.image.connector.windows=(4,)"
 """
 
 TASKS = {"answers": "Answers", "retrieval": "Retrieval", "zero_shot": "ZeroShot", "perplexity": "Perplexity"}
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", help="chat format (default: that of the run, or the tokenizer's own)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where answers and results go (default: the run's evals/, or evals/)")
     parser.add_argument("--restart", action="store_true", help="answer again, where other weights or another task answered before")
+    common.add_changes(parser)
     common.add_data_root(parser)
     common.add_layout(parser)
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from mllm_jax.evaluation.run import evaluate
 
     given = None if args.task is None else {args.task: make_task(getattr(tasks, TASKS[args.task]), args.overrides)}
-    recipe, cfg, params, tokenizer = common.open_model(args.model, layout)
+    recipe, cfg, params, tokenizer = common.open_model(args.model, layout, args.changes)
     stage = list(recipe.stages)[-1] if recipe else None
     if given is None and recipe is None:
         raise ConfigError(f"{args.model} is not a run and has no tasks of its own; name one of: {', '.join(TASKS)}")
@@ -53,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise ConfigError(f"stage {stage} of {args.model} has no evals; name one of: {', '.join(TASKS)}")
     out = args.out or (Path(args.model) / "evals" / stage if recipe else Path("evals"))
-    if given and recipe and args.out is None:
+    if (given or args.changes) and recipe and args.out is None:
         # In a folder of its own, or it would meet the answers to the recipe's own task of that name.
-        chosen = {f"{name}-{hashlib.blake2b(repr(task).encode(), digest_size=3).hexdigest()}": task for name, task in given.items()}
+        key = lambda task: hashlib.blake2b("".join([repr(task), *args.changes]).encode(), digest_size=3).hexdigest()
+        chosen = {f"{name}-{key(task)}": task for name, task in chosen.items()}
     template, seq_len = common.text_of(recipe, cfg)
     mesh = layout.make_mesh()
     for name, task in chosen.items():

@@ -12,6 +12,7 @@ examples:
   mllm-jax generate runs/first-digits --image scene.png --prompt "what is the sum of the digits?"
   mllm-jax generate runs/first-digits --source digits_test --index 3
   mllm-jax generate llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "What differs?" --temperature 0.2
+  mllm-jax generate runs/resolution-m3 --image a.jpg --prompt "What is it?" --set "inputs.image.connector.windows=(4,)"
 """
 
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens of probability P together")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    common.add_changes(parser)
     common.add_data_root(parser)
     common.add_layout(parser)
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if not image.is_file():
             raise FileNotFoundError(2, "no such image", str(image))
     running, layout = common.start(args)
-    recipe, cfg, params, tokenizer = common.open_model(args.model, layout)
+    recipe, cfg, params, tokenizer = common.open_model(args.model, layout, args.changes)
 
     from mllm_jax.config import ConfigError
     from mllm_jax.generate import Generator, Sampling

@@ -124,6 +124,51 @@ DATASETS = {
         url="https://huggingface.co/datasets/HuggingFaceM4/OBELICS",
         licence="CC-BY-4.0 for the index; the images are their owners'",
     ),
+    "sharegpt4v_pt_1246k": Dataset(
+        format="llava",
+        path="ShareGPT4V/share-captioner_coco_lcs_sam_1246k_1107.json",
+        options={"images": ".", "placement": "front"},
+        needs=("coco/train2017", "LLaVA-Pretrain/images", "sam/images"),
+        records=1_246_901,
+        url="https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
+        licence="CC-BY-NC-4.0, the terms of OpenAI, and those of COCO, LAION, CC-3M, SBU and SAM",
+    ),
+    "mobilevlm_v2_mix_2m": Dataset(
+        format="llava",
+        path="MobileVLM/MobileVLM_V2_FT_Mix2M.json",
+        options={"images": ".", "placement": "front"},
+        url="https://huggingface.co/datasets/mtgv/MobileVLM_V2_FT_Mix2M",
+        licence="that of each of its parts",
+    ),
+    "blip_capfilt": Dataset(
+        format="webdataset",
+        path="blip_capfilt/shards",
+        url="https://github.com/salesforce/BLIP#pre-training-datasets-download",
+        licence="BSD-3 for the captions; the images are their owners'",
+    ),
+    "coyo_100m": Dataset(
+        format="webdataset",
+        path="coyo_100m/shards",
+        records=100_000_000,
+        url="https://github.com/kakaobrain/coyo-dataset",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
+    # Questions of benchmarks, written as chats: the links say where from.
+    "vqav2": Dataset(format="messages", path="vqav2/train.jsonl", url="https://visualqa.org/download.html", licence="CC-BY-4.0, COCO"),
+    "gqa": Dataset(format="messages", path="gqa/train.jsonl", url="https://cs.stanford.edu/people/dorarad/gqa", licence="CC-BY-4.0"),
+    "ocr_vqa": Dataset(format="messages", path="ocr_vqa/train.jsonl", url="https://ocr-vqa.github.io", licence="that of its authors"),
+    "vsr": Dataset(format="messages", path="vsr/train.jsonl", url="https://github.com/cambridgeltl/visual-spatial-reasoning",
+                   licence="Apache-2.0"),
+    "science_qa": Dataset(format="messages", path="science_qa/train.jsonl", url="https://scienceqa.github.io", licence="CC-BY-NC-SA-4.0"),
+    "aok_vqa": Dataset(format="messages", path="aok_vqa/train.jsonl", url="https://allenai.org/project/a-okvqa", licence="Apache-2.0, COCO"),
+    "refcoco": Dataset(format="messages", path="refcoco/train.jsonl", url="https://github.com/lichengunc/refer", licence="Apache-2.0, COCO"),
+    "refcoco_plus": Dataset(format="messages", path="refcoco+/train.jsonl", url="https://github.com/lichengunc/refer",
+                            licence="Apache-2.0, COCO"),
+    "refcocog": Dataset(format="messages", path="refcocog/train.jsonl", url="https://github.com/lichengunc/refer", licence="Apache-2.0, COCO"),
+    "vg_locations": Dataset(format="messages", path="vg/locations.jsonl", url="https://homes.cs.washington.edu/~ranjay/visualgenome",
+                            licence="CC-BY-4.0"),
+    "sharegpt_40k": Dataset(format="llava", path="ShareGPT/llava_v1_5_sharegpt40k.json", records=40_688,
+                            url="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K", licence="the terms of OpenAI"),
     # What the papers used and nobody else can have: named so that a recipe can say so.
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"
@@ -132,5 +177,14 @@ DATASETS = {
     "paligemma_mixture": Dataset(format="webdataset", url="https://arxiv.org/abs/2407.07726", licence="not public"),
     "webli": Dataset(
         format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"
+    ),
+    "qwen_vl_pairs_1400m": Dataset(
+        format="webdataset", records=1_400_000_000, url="https://arxiv.org/abs/2308.12966", licence="not public"
+    ),
+    "qwen_vl_tasks_77m": Dataset(
+        format="messages", records=76_800_000, url="https://arxiv.org/abs/2308.12966", licence="not public"
+    ),
+    "qwen_vl_chats_350k": Dataset(
+        format="messages", records=350_000, url="https://arxiv.org/abs/2308.12966", licence="not public"
     ),
 }

@@ -110,6 +110,20 @@ TEMPLATES = {
         "{%- generation -%}{{ ' ' + words(message.content) + eos_token }}{%- endgeneration -%}"
         "{%- else -%}{{ words(message.content) }}{%- endif -%}{%- endfor -%}"
     ),
+    # Honeybee (tokenization_honeybee.py): images on lines of their own, before the first question.  The space
+    # before an answer is trained with it, since most tokenizers have no other token for the first word.
+    "honeybee": _TEXT + (
+        "{{ bos_token }}{{ 'The following is a conversation between a curious human and AI assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user\\'s questions.' }}{%- for message in messages -%}"
+        "{%- if message.role == 'user' -%}"
+        "{%- for part in message.content if message.content is not string and part.type != 'text' -%}{{ '\\nHuman: ' + " + _MEDIUM + " }}"
+        "{%- endfor -%}{{ '\\nHuman: ' }}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
+        "{%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}{%- endif -%}"
+        "{%- elif message.role == 'assistant' -%}{{ '\\nAI:' }}"
+        "{%- generation -%}{{ ' ' + text(message.content) + eos_token }}{%- endgeneration -%}"
+        "{%- else -%}{{ raise_exception('honeybee has no role ' + message.role) }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '\\nAI:' }}{%- endif -%}"
+    ),
     # Gemma 3, as its tokenizer has it, with the spans of what is trained; AROUND says what becomes of an image.
     "gemma": (
         "{%- macro trimmed(content) -%}{%- if content is string -%}{{ content | trim }}{%- else -%}{%- for part in content -%}"

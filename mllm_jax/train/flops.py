@@ -21,6 +21,7 @@ from fnmatch import fnmatch
 from math import prod
 from typing import Any
 
+from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.decoders.expert import ExpertLayer
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
@@ -167,7 +168,20 @@ def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
             tower.connector, f"{path}/connector", encoder.width, cfg.decoder.width, tokens, below, trains)
         learns = learns or below or trains(f"{path}/connector")
         media += items * prod(tower.num_tokens(tower.nominal.grid)) if tower.route == "splice" else 0
-    yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, replace(counts, media=media), trains)
+    for reading in _readings(cfg, replace(counts, media=media)):
+        yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, reading, trains)
+
+
+def _readings(cfg: MLLMConfig, counts: Counts) -> list[Counts]:
+    """What the decoder reads, once for each set where the tokens of a medium are nested (objectives/nested.py)."""
+    for modality, tower in cfg.inputs.items():
+        if isinstance(tower.connector, NestedConfig) and counts.tokens:
+            full, *fewer = (side**2 for side in tower.connector.sides)
+            less = [counts.items.get(modality, 0) * (full - size) / counts.tokens for size in fewer]
+            return [counts, *(
+                replace(counts, tokens=counts.tokens * (1 - part), squares=counts.squares * (1 - part) ** 2,
+                        media=counts.media - counts.tokens * part) for part in less)]
+    return [counts]
 
 
 def _dual_encoder(cfg: DualEncoderConfig, counts: Counts, trains: Trains) -> Iterator[Product]:

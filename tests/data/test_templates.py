@@ -82,7 +82,15 @@ def test_cogvlm_puts_the_image_first_and_ends_the_last_answer(tokenizer):
     assert tokenizer.decode(ids) == "<s><image>Question: What is it? Answer:"
 
 
-@pytest.mark.parametrize("name", [*CHATS, "caption"])
+def test_honeybee_shows_the_image_before_it_asks(tokenizer):
+    ids, weights = Template("honeybee", tokenizer).turns(CONVERSATION[:2])
+    written = tokenizer.decode(ids)
+    assert written.startswith("<s>The following is a conversation between a curious human and AI assistant.")
+    assert written.endswith("questions.\nHuman: <image>\nHuman: \nWhat is it?\nAI: A cat.</s>"), written
+    assert trained(tokenizer, ids, weights) == [" A cat.</s>"]
+
+
+@pytest.mark.parametrize("name", [*CHATS, "caption", "honeybee"])
 def test_ids_and_mask_equal_those_of_transformers(name, tokenizer):
     content = lambda t: [{"type": "text", "text": p.text} if p.kind == "text" else {"type": p.kind} for p in t.parts]
     messages = [{"role": t.role, "content": content(t)} for t in CONVERSATION]
