@@ -21,7 +21,7 @@ def recipe() -> Recipe:
     return replace(
         base, paper="arXiv:2405.17430", model=replace(base.model, inputs={"image": image}),
         stages={
-            "nested": replace(
+            "instruct": replace(
                 base.stages["instruct"], objectives={"lm": EveryScale(windows=WINDOWS)}, train=("*",),
                 weights=dict.fromkeys(whole, "hf://llava-hf/llava-1.5-7b-hf")),
         })

@@ -5,7 +5,7 @@ pooled token is a weighted mean of patches.  Matryoshka Multimodal Models (M3, a
 LLaVA at several scales at once.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import floor
 from typing import Any
 
@@ -84,6 +84,11 @@ class NestedConfig(MLPConfig):
     def num_tokens(self, grid: Grid) -> Grid:
         frames = check_square(grid, self.grid, "nested pool")
         return (frames, self.sides[0], self.sides[0])
+
+    @property
+    def origin(self) -> MLPConfig:
+        """The projector that it grew from, whose checkpoints it can start from."""
+        return MLPConfig(**{f.name: getattr(self, f.name) for f in fields(MLPConfig)})
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -90,11 +90,11 @@ def _load(
     if isinstance(cfg, TowerConfig) and cfg.route == "pool":    # of a dual encoder: such a tower is its encoder
         cfg = cfg.encoder
     shapes = {path: s for path, s in shapes.items() if not path.endswith(LEAVES_OF_LORA)}
-    prefix, part = _alike(family, theirs, cfg, where)
+    prefix, part = _alike(family, theirs, (type(cfg), type(origin)), where)
     wrong = _unlike(part, cfg)
-    if wrong and origin is not None:    # the checkpoint may be of the model that this one grew from
-        wrong, whole = _unlike(part, origin), parameter_shapes(origin)
-        shapes = {path: s for path, s in shapes.items() if dense(path) in whole}
+    grown = bool(wrong) and origin is not None      # the checkpoint may be of the model that this one grew from
+    if grown:
+        wrong = _unlike(part, origin)
     if wrong:
         what = "; ".join(f"{path} is {a!r} in the checkpoint and {b!r} in the model" for path, (a, b) in wrong.items())
         raise ConfigError(f"{where}: {what}; change the configuration of the model to that of the checkpoint")
@@ -109,7 +109,9 @@ def _load(
     copies = {path for path in shapes.keys() - there.keys() if dense(path) in there}
     mine = {path: there[dense(path) if path in copies else path] for path in shapes if path in there or path in copies}
     added = {path: path.removesuffix(new) + old for path in shapes.keys() - mine.keys() for new, old in ADDED.items() if path.endswith(new)}
-    if missing := sorted(shapes.keys() - mine.keys() - added.keys()):
+    if grown:
+        shapes = {path: s for path, s in shapes.items() if path in mine or path in added}
+    elif missing := sorted(shapes.keys() - mine.keys() - added.keys()):
         raise ConfigError(f"{where} ({family.model_type}) has nothing for {len(missing)} parameters: {', '.join(missing[:5])}")
     out = {}
     for path, want in shapes.items():
@@ -174,17 +176,17 @@ def _of_type(want: jax.ShapeDtypeStruct, dtype: np.dtype) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(want.shape, dtype, sharding=want.sharding)
 
 
-def _alike(family: Family, theirs: Any, cfg: Any, where: str) -> tuple[str, Any]:
-    """The part of the checkpoint that is of the kind of `cfg`: prefix of its parameters, and its configuration."""
-    if type(theirs) is type(cfg):
+def _alike(family: Family, theirs: Any, kinds: tuple[type, ...], where: str) -> tuple[str, Any]:
+    """The part of the checkpoint that is of one of these kinds: prefix of its parameters, and its configuration."""
+    if type(theirs) in kinds:
         return "", theirs
-    if isinstance(theirs, MLLMConfig) and isinstance(cfg, TowerConfig):
+    if isinstance(theirs, MLLMConfig) and TowerConfig in kinds:
         return "inputs/image/", theirs.inputs["image"]
     for part in family.parts:
-        if type(part.of(theirs)) is type(cfg):
+        if type(part.of(theirs)) in kinds:
             return part.ours, part.of(theirs)
-    kinds = ", ".join(sorted({type(p.of(theirs)).__name__ for p in family.parts}))
-    raise ConfigError(f"{where} is a {family.model_type} and holds no {type(cfg).__name__}; it holds {kinds}")
+    known = ", ".join(sorted({type(p.of(theirs)).__name__ for p in family.parts}))
+    raise ConfigError(f"{where} is a {family.model_type} and holds no {kinds[0].__name__}; it holds {known}")
 
 
 def _growth(path: str, have: tuple, want: tuple, where: str, theirs: str) -> tuple[int, int] | None:

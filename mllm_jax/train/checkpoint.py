@@ -101,12 +101,13 @@ class Checkpoints:
             self.saver.close()
 
 
-def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool = False) -> Params:
     """Parameters of the newest checkpoint in a stage's folder, each with the sharding that is wanted.
 
     Trained parameters come from the moving average if the stage kept one.  Adapters that are not wanted are merged
     into their matrices, and adapters that the stage did not have are left out.  Layers of a model that grew from the one
-    of the stage are found (grown.py); what it has beyond that, the routers of its experts, is left out.
+    of the stage are found (grown.py); what it has beyond that, the routers of its experts, is left out.  With
+    `partial` all is left out that the stage did not have.
 
     Raises:
       CheckpointError: no checkpoint, a parameter is missing, or it has another shape.
@@ -128,6 +129,8 @@ def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Par
     found = grown.origins(wanted, there)
     leave = {k for k in wanted if k not in there and (k.endswith(LEAVES) or k in grown.fresh(found))}
     target, wanted = wanted, {k: v for k, v in wanted.items() if k not in found and k not in leave} | grown.needed(found, wanted, there)
+    if partial:
+        wanted = {k: v for k, v in wanted.items() if k in there}
     for name, want in wanted.items():
         have = saved[part].get(name) or frozen.get(name)
         if have is None:
@@ -188,7 +191,7 @@ def initial_params(
       `recipe://NAME[/subtree]`  the last stage of another recipe's run, beside this one
       `copy://subtree`           another subtree of this model
       anything else              a Hugging Face folder or `hf://` name, read by `from_hf(source, subtree, wanted)`
-    What no source names comes from the `previous` stage, if it trained the same model; otherwise it is fresh.
+    What no source names comes from the `previous` stage, if that has it; otherwise it is fresh.
 
     Raises:
       ConfigError: a subtree that no parameter is in, or a stage or recipe that has not been run.
@@ -216,7 +219,7 @@ def initial_params(
             given |= from_hf(source, subtree, {w: blueprint.shapes[w] for w in inside.values()})
     rest = {k: v for k, v in blueprint.shapes.items() if k not in given and k not in copies}
     if rest and previous is not None:
-        given |= read_params(run_dir / "stages" / previous, rest)
+        given |= read_params(run_dir / "stages" / previous, rest, partial=True)
     params = blueprint.init(seed, given)
     # True copies: the step donates its state, and the same buffer cannot be given away twice.
     return params | {k: jax.device_put(jnp.copy(params[source]), blueprint.shapes[k].sharding) for k, source in copies.items()}

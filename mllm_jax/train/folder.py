@@ -70,9 +70,9 @@ class Run:
         return max((int(p.name) for p in found if p.name.isdigit()), default=0)
 
     def previous(self, name: str) -> str | None:
-        """The stage before this one, if it trained the same model, with adapters or without."""
+        """The stage before this one, if it trained a model of the same kind, which this one goes on with."""
         before = list(self.recipe.stages)[: list(self.recipe.stages).index(name)]
-        return before[-1] if before and plain(self.model_of(before[-1])) == plain(self.model_of(name)) else None
+        return before[-1] if before and type(plain(self.model_of(before[-1]))) is type(plain(self.model_of(name))) else None
 
 
 def prepare(recipe: Recipe, options: RunOptions) -> Run:

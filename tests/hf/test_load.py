@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mllm_jax.config import ConfigError
+from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.hf.family import parameter_shapes
 from mllm_jax.hf.load import load, load_subtree
@@ -316,3 +317,15 @@ def test_half_precision_is_kept_or_widened(saved, torch, tmp_path):
     assert kept["embedding/table"].dtype == ml_dtypes.bfloat16 and wide["embedding/table"].dtype == jnp.float32
     np.testing.assert_array_equal(wide["embedding/table"], theirs.float().numpy())
     same({k: x.astype(jnp.float32) for k, x in kept.items()}, wide)
+
+
+def test_a_nested_projector_starts_from_the_one_it_grew_from(saved):
+    """M3 begins with a trained LLaVA, whose projector has the same parameters."""
+    theirs, params = load(saved("llava-clip-llama").folder)
+    connector, prefix = theirs.inputs["image"].connector, "inputs/image/connector/"
+    nested = NestedConfig(**vars(connector), grid=theirs.inputs["image"].encoder.grid, windows=(1, 2))
+    want = {k.removeprefix(prefix): jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in params.items() if k.startswith(prefix)}
+    got = load_subtree(saved("llava-clip-llama").folder, nested, want)
+    assert want and all(np.array_equal(got[k], params[prefix + k]) for k in want)
+    with pytest.raises(ConfigError, match="depth is 2 in the checkpoint and 3 in the model"):
+        load_subtree(saved("llava-clip-llama").folder, replace(nested, depth=3), want)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.data.views import Square
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
@@ -159,6 +160,16 @@ def test_padding_and_missing_images_cost_nothing():
     assert flops_by_part(MLLM, {"decoder/head"}, replace(few, items={}))["inputs/image/encoder"] == 0
     twice = Counts(rows=2, tokens=20, squares=200, trained=6, items={"image": 2})
     assert step_flops(MLLM, {"decoder/head"}, twice) == 2 * step_flops(MLLM, {"decoder/head"}, few)
+
+
+def test_nested_sets_of_tokens_are_read_one_by_one():
+    """Rows of 100 positions with an image of 16 tokens: a set of 4 leaves 88 positions, and the causal half of their squares."""
+    nested = replace(MLLM, inputs={"image": replace(MLLM.inputs["image"], connector=NestedConfig(depth=2, grid=4, windows=(1, 2)))})
+    counts = Counts(rows=2, tokens=200, squares=2 * 100**2, trained=50, items={"image": 2})
+    less = Counts(rows=2, tokens=176, squares=2 * 88**2, trained=50)
+    text = MLLMConfig(inputs={}, decoder=MLLM.decoder)
+    both = sum(step_flops(text, (), replace(c, items={})) for c in (counts, less))
+    assert flops_by_part(nested, (), counts)["decoder"] == pytest.approx(both, rel=1e-12)
 
 
 def test_an_unknown_part_is_an_error():

@@ -20,6 +20,7 @@ from PIL import Image
 
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError, load
+from mllm_jax.data.views import Square
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.recipe import Recipe
@@ -194,12 +195,16 @@ def test_stages_start_where_they_say(tmp_path: Path):
     first = small(a={"train": ("decoder/*",)})
     run_stages(first, tmp_path / "chapter-first", "chapter/first")
     k, q = "decoder/blocks/0/attn/k", "decoder/blocks/0/attn/q"
+    image = first.model.inputs["image"]
+    squashed = Square(size=image.view.size)
     recipe = small(
         fresh={"train": CONNECTOR},
         follows={"train": CONNECTOR},
         other={"train": CONNECTOR, "weights": {"decoder": "recipe://chapter/first/decoder"}},
         back={"train": CONNECTOR, "weights": {"*": "stage://fresh"}},
         copied={"train": CONNECTOR, "weights": {k: f"copy://{q}"}},
+        # Another view is another model, with all that was learned.
+        squashed={"train": CONNECTOR, "model": replace(first.model, inputs={"image": replace(image, view=squashed)})},
     )
     out = tmp_path / "run"
     run_stages(recipe, out)
@@ -209,6 +214,7 @@ def test_stages_start_where_they_say(tmp_path: Path):
     assert equal(at["follows"], at["fresh"], "decoder/") and not equal(at["follows"], at["fresh"], "inputs/image/connector/")
     assert equal(at["other"], theirs, "decoder/") and equal(at["other"], at["fresh"], "inputs/image/encoder/")
     assert equal(at["back"], at["fresh"], "decoder/") and not equal(at["back"], at["other"], "decoder/")
+    assert equal(at["squashed"], at["copied"], "decoder/") and equal(at["squashed"], at["copied"], "inputs/image/encoder/")
     assert equal(at["copied"], at["copied"], k, q) and not equal(at["back"], at["back"], k, q)
 
 
