@@ -57,10 +57,17 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
             slot = np.where(here, token, -1)
             kinds = np.where(here, KINDS[modality], kinds)
         text = rng.integers(3, tower.words.vocab, (rows, items, tower.words.length)) if tower.words else None
+        values, coords = rng.integers(0, 256, (rows, items, p, tower.encoder.patch_dim)), np.zeros((rows, items, p, 3), np.int32)
+        mask, item = np.ones((rows, items), bool), None
+        if tower.view.packed:
+            _, rows_, columns = grid
+            at = tower.view.cut(np.zeros((1, rows_ * tower.patch, columns * tower.patch, 3), np.uint8), tower.patch)[1]
+            values, coords = values.reshape(rows, items * p, -1), np.tile(at, (rows, items, 1))
+            item = np.tile(np.repeat(np.arange(1, items + 1), p), (rows, 1)).astype(np.int32)
+            mask = item > 0
         media[modality] = Media(
             text=None if text is None else np.where(rng.random(text.shape) < 0.8, text, -1).astype(np.int32),
-            values=rng.integers(0, 256, (rows, items, p, tower.encoder.patch_dim)).astype(np.uint8),
-            coords=np.zeros((rows, items, p, 3), np.int32), mask=np.ones((rows, items), bool), slot=slot.astype(np.int32))
+            values=values.astype(np.uint8), coords=coords, mask=mask, item=item, slot=slot.astype(np.int32))
     trained = (rng.random((rows, seq_len)) < 0.4) & (kinds == 0) & (segments > 0)
     weights = trained * rng.uniform(0.5, 1, trained.shape)
     as_int = lambda x: np.asarray(x, np.int32)

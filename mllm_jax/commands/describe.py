@@ -110,7 +110,8 @@ class Planned:
         n = self.rows * self.seq
         self.flops = step_flops(self.model, self.trained, Counts(
             rows=self.rows, tokens=n, squares=n * self.seq, trained=n,
-            items={m: k * self.rows for m, k in self.items.items()}))
+            items={m: k * self.rows for m, k in self.items.items()},
+            pairs={m: k * self.rows * math.prod(self.towers[m].nominal.grid) for m, k in self.items.items()}))
 
     @property
     def towers(self) -> Mapping[str, Any]:

@@ -174,6 +174,9 @@ DATASETS = {
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"
     ),
     # WebLI, CC3M-35L, VQ2A-CC3M-35L, OpenImages and WIT as PaliGemma mixes them, in weights that are not published.
+    # Not published: pairs of image and text; documents, questions and videos beside them; conversations.
+    **{f"qwen2_vl_{name}": Dataset(format="webdataset", url="https://arxiv.org/abs/2409.12191", licence="not public")
+       for name in ("pairs", "mixture", "instruct")},
     "paligemma_mixture": Dataset(format="webdataset", url="https://arxiv.org/abs/2407.07726", licence="not public"),
     "webli": Dataset(
         format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"

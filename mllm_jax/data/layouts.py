@@ -181,6 +181,8 @@ class Marked(_Bare):
 
 INTERNVL = Spans(before="<img>", after="</img>", specials=("<img>", "</img>"))
 INTERNVL_VIDEO = Spans(tile="Frame{frame}: <img>", close="</img>", row="\n", specials=("<img>", "</img>"))
+# Each step of a video with its time before it, and tags around it; the template "qwen3_vl" writes none around a video.
+QWEN3_VIDEO = Spans(tile="<{seconds:.1f} seconds><|vision_start|>", close="<|vision_end|>", specials=("<|vision_start|>", "<|vision_end|>"))
 IDEFICS3 = Spans(
     tile="<fake_token_around_image><row_{row}_col_{column}>", row="\n", gap="\n\n",
     overview="<fake_token_around_image><global-img>", after="<fake_token_around_image>",

@@ -43,14 +43,18 @@ class DecoderConfig(BlockConfig):
         rope = self.rope and replace(self.rope, sections=self.rope.sections and (2, 1, 1))
         cycle = tuple(layer.tiny() for layer, _ in groupby(self.cycle))         # of neighbours that are alike, one
         return replace(
-            self, vocab=264, width=32, depth=max(2, len(cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
+            self, vocab=272, width=32, depth=max(2, len(cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
             head_dim=None, rope=rope, positions=self.positions and 320 + self.position_offset, cycle=cycle,
             embed_scale=self.embed_scale if self.embed_scale == 1 else 32**0.5)
 
     @property
     def origin(self) -> "DecoderConfig":
-        """The language model that it grew from, whose checkpoints it can start from; the rest of it starts fresh."""
-        return replace(self, cycle=tuple(layer.origin for layer in self.cycle))
+        """The language model that it grew from, whose checkpoints it can start from; the rest of it starts fresh.
+
+        On text all axes of a position are the same, so that rotations by axes are those of the language model.
+        """
+        rope = self.rope and replace(self.rope, sections=None, interleaved=False)
+        return replace(self, rope=rope, cycle=tuple(layer.origin for layer in self.cycle))
 
     @property
     def memory_width(self) -> int | None:
@@ -70,8 +74,12 @@ QWEN2_7B = DecoderConfig(
     vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, mlp=18_944, qkv_bias=True, rope=Rope(theta=1e6))
 QWEN2_0_5B = replace(QWEN2_7B, vocab=151_936, width=896, depth=24, heads=14, kv_heads=2, mlp=4864, head="tied")
 QWEN2_72B = replace(QWEN2_7B, width=8192, depth=80, heads=64, kv_heads=8, mlp=29_568)
+QWEN2_1_5B = replace(QWEN2_0_5B, width=1536, depth=28, heads=12, mlp=8960)
+QWEN2_5_3B = replace(QWEN2_0_5B, width=2048, depth=36, heads=16, mlp=11_008)
 QWEN3_8B = DecoderConfig(
     vocab=151_936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp=12_288, qk_norm=True, rope=Rope(theta=1e6))
+QWEN3_1_7B = replace(QWEN3_8B, width=2048, depth=28, heads=16, mlp=6144, head="tied")
+QWEN3_4B = replace(QWEN3_8B, width=2560, mlp=9728, head="tied")
 STABLELM_2_1_6B = DecoderConfig(
     vocab=100_352, width=2048, depth=24, heads=32, mlp=5632, norm=LayerNorm(), qkv_bias=True, rope=Rope(part=0.25))
 GEMMA_2B = DecoderConfig(

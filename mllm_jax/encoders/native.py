@@ -55,6 +55,10 @@ class NativeViTConfig(BlockConfig):
         return grid
 
     @property
+    def run_depth(self) -> int:
+        return self.depth
+
+    @property
     def patch_dim(self) -> int:
         return self.steps * self.patch * self.patch * self.channels
 

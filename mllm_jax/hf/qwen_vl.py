@@ -15,7 +15,7 @@ from typing import Any
 
 from mllm_jax.config import ConfigError
 from mllm_jax.connectors.merge import MergeConfig
-from mllm_jax.data.layouts import Spans
+from mllm_jax.data.layouts import QWEN3_VIDEO, Spans
 from mllm_jax.data.native import Native
 from mllm_jax.data.video import Frames
 from mllm_jax.encoders.native import NativeViTConfig
@@ -42,8 +42,6 @@ TEXT = {
 TEXT["qwen2_5_vl"] = TEXT["qwen2_vl"]
 SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 TAGS = {"video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-# A video of Qwen3-VL: each step with its time before it, and tags around it.
-STEPS = Spans(tile="<{seconds:.1f} seconds><|vision_start|>", close="<|vision_end|>", specials=("<|vision_start|>", "<|vision_end|>"))
 
 
 def videos(view: Native, patch: int) -> Frames:
@@ -56,7 +54,7 @@ def videos(view: Native, patch: int) -> Frames:
 def tower(kind: str, encoder: NativeViTConfig, view: Native, *, rate: float | None = None) -> TowerConfig:
     """How images and videos enter a model of this `model_type`; `rate` is of positions of a second of video."""
     connector = MergeConfig(side=view.merge, norm=encoder.norm, deep=len(encoder.deep))
-    layout = {"qwen2_vl": None, "qwen2_5_vl": Spans(rate=rate), "qwen3_vl": STEPS}[kind]
+    layout = {"qwen2_vl": None, "qwen2_5_vl": Spans(rate=rate), "qwen3_vl": QWEN3_VIDEO}[kind]
     video = Also(view=videos(view, encoder.patch), layout=layout)
     return TowerConfig(view=view, encoder=encoder, connector=connector, place="grid", also={"video": video})
 

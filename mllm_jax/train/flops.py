@@ -25,6 +25,7 @@ from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.decoders.expert import ExpertLayer
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.native import NativeViTConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
@@ -45,7 +46,8 @@ class Counts:
     squares: float = 0                  # sum over packed examples of length^2
     trained: float = 0                  # positions with a weight in the loss
     media: float = 0                    # of the tokens, those of media; told by the items
-    items: Mapping[str, float] = field(default_factory=dict)    # modality -> media items
+    items: Mapping[str, float] = field(default_factory=dict)    # modality -> media items, or patches where the layout is packed
+    pairs: Mapping[str, float] = field(default_factory=dict)    # packed modality -> sum over frames of patches^2
 
 
 def step_flops(model: Any, trained: Collection[str], counts: Counts) -> float:
@@ -119,6 +121,15 @@ def _vit(cfg: ViTConfig, path: str, items: float, depth: int, pooled: bool, trai
         yield path, passes, [Matmul(**{**vars(m), "after": ""}) if m.path.endswith(many) else m for m in pool]
 
 
+def _native(cfg: NativeViTConfig, path: str, patches: float, pairs: float, trains: Trains) -> Iterator[Product]:
+    """Patches that are there, with those of their own frame, or of a window, which is counted whole where it is cut off."""
+    yield path, False, [Matmul(path=f"{path}/patch/kernel", inputs=cfg.patch_dim, outputs=cfg.width, times=patches)]
+    passes, wide = trains(f"{path}/patch") or trains(f"{path}/position"), cfg.depth if cfg.window is None else len(cfg.full)
+    near = min(pairs, patches * cfg.window**2) if cfg.window else pairs
+    pairs = (wide * pairs + (cfg.depth - wide) * near) / cfg.depth
+    yield path, passes, _block(cfg, f"{path}/blocks/0", cfg.depth, patches, pairs)
+
+
 def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains: Trains) -> Iterator[Product]:
     passes = passes or any(trains(f"{path}/{x}") for x in ("embedding", "position"))
     for j, layer in enumerate(cfg.cycle):
@@ -161,13 +172,17 @@ def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
     learns, media = False, 0.0
     for modality, tower in cfg.inputs.items():
         items, encoder, path = counts.items.get(modality, 0), tower.encoder, f"inputs/{modality}"
-        yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
-        tokens = items * prod(encoder.num_tokens(tower.nominal.grid))
+        if tower.view.packed:
+            yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, counts.pairs.get(modality, 0), trains)
+        else:
+            yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
+        each = prod(encoder.num_tokens(tower.nominal.grid))
+        tokens = items if tower.view.packed else items * each
         below = trains(f"{path}/encoder")
         yield from PARTS[type(tower.connector)](
             tower.connector, f"{path}/connector", encoder.width, cfg.decoder.width, tokens, below, trains)
         learns = learns or below or trains(f"{path}/connector")
-        media += items * prod(tower.num_tokens(tower.nominal.grid)) if tower.route == "splice" else 0
+        media += tokens * prod(tower.num_tokens(tower.nominal.grid)) / each if tower.route == "splice" else 0
     for reading in _readings(cfg, replace(counts, media=media)):
         yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, reading, trains)
 
@@ -208,6 +223,7 @@ PARTS: dict[type, Callable] = {
     MLLMConfig: _mllm,
     DualEncoderConfig: _dual_encoder,
     ViTConfig: _vit,
+    NativeViTConfig: _native,
     DecoderConfig: _decoder,
     **CONNECTORS,
 }

@@ -11,6 +11,7 @@ from typing import Any
 from mllm_jax.connectors.conv import CAbstractorConfig, LDPConfig, LDPv2Config, eighths
 from mllm_jax.connectors.deformable import DAbstractorConfig
 from mllm_jax.connectors.glu import GLUConfig
+from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
@@ -87,6 +88,15 @@ def _ldp_v2(cfg: LDPv2Config, path: str, d_in: int, d: int, tokens: float, passe
     yield from products(path, {"mlp/layers/0": (d_in, d, tokens), "mlp/layers/1": (d, d, tokens), "position": (9, d, few)}, passes)
 
 
+def _merge(cfg: MergeConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:
+    square = cfg.side**2
+    for merger, n in (("merger", tokens), ("deep", tokens * cfg.deep)):
+        wide, few = d_in * square, n / square
+        if n:                           # a norm comes first
+            at = f"{path}/{merger}"
+            yield from products(at, {"up": (wide, wide, few), "down": (wide, d_out, few)}, passes or trains(at))
+
+
 def _perceiver(cfg: PerceiverConfig, path: str, d: int, d_out: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:
     items = tokens / ((cfg.grid**2 + cfg.class_token) * (cfg.frames or 1))
     queries, inner, layers = items * cfg.queries, cfg.heads * cfg.head_dim, cfg.depth
@@ -129,6 +139,7 @@ CONNECTORS: dict[type, Callable[[Any, str, int, int, float, bool, Trains], Itera
     GLUConfig: _glu,
     LDPConfig: _ldp,
     LDPv2Config: _ldp_v2,
+    MergeConfig: _merge,
     PerceiverConfig: _perceiver,
     ShuffleConfig: _shuffle,
     SincosResamplerConfig: _sincos,

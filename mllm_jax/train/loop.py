@@ -183,9 +183,9 @@ class _Totals:
         """The rates of the step that was dispatched before this call."""
         info, hosts, now = fed.info, self.hosts, time.monotonic()
         rows = sum(bool(row) for row in info.ids) * hosts
-        items = {m: n * hosts for m, n in info.media.items()}
+        items, pairs = ({m: n * hosts for m, n in of.items()} for of in (info.media, info.pairs))
         flops = step_flops(self.model_cfg, self.trained, Counts(
-            rows=rows, tokens=info.tokens * hosts, squares=info.squares * hosts, trained=info.trained * hosts, items=items))
+            rows=rows, tokens=info.tokens * hosts, squares=info.squares * hosts, trained=info.trained * hosts, items=items, pairs=pairs))
         read = {"steps": 1, "rows": rows, "examples": sum(map(len, info.ids)) * hosts, "tokens": info.tokens * hosts,
                 "images": sum(items.values()), "flops": flops, "waited": waited}
         for key, value in read.items():

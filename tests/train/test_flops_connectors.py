@@ -10,6 +10,7 @@ from flax import nnx
 from mllm_jax.connectors.conv import CAbstractorConfig, LDPConfig, LDPv2Config
 from mllm_jax.connectors.deformable import DAbstractorConfig
 from mllm_jax.connectors.glu import GLUConfig
+from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
@@ -20,7 +21,7 @@ from mllm_jax.types import Features
 from tests.train.test_flops import matmul_flops
 
 CASES = [
-    (MLPConfig(), 1024, 4096), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
+    (MLPConfig(), 1024, 4096), (MergeConfig(), 1280, 3584), (NestedConfig(grid=16, windows=(1, 2, 4)), 1024, 4096),
     (PoolConfig(grid=16, to=8, before=MLPConfig(), after=MLPConfig(depth=1)), 1024, 4096),
     (ShuffleConfig(grid=16, side=4, mlp=MLPConfig(depth=1, bias=False)), 768, 2048),
     (ShuffleConfig(grid=16, mlp=MLPConfig(norm=LayerNorm())), 1024, 3584),
@@ -72,6 +73,6 @@ def test_the_count_is_that_of_the_traced_connector(cfg, d_in, d_out, trained, be
 
 
 def test_half_the_images_are_half_the_work():
-    cfg = replace(CASES[3][0], depth=2)
+    cfg = replace(CASES[4][0], depth=2)
     total = lambda n: sum(m.inputs * m.outputs * m.times for _, _, ms in CONNECTORS[type(cfg)](cfg, "c", 8, 8, n, True, bool) for m in ms)
     assert total(512.0) == 2 * total(256.0)
