@@ -1,6 +1,5 @@
 """Counts of connectors at their published widths, against the matmuls of the traced forward and backward pass."""
 
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +72,6 @@ def test_the_count_is_that_of_the_traced_connector(cfg, d_in, d_out, trained, be
 
 
 def test_half_the_images_are_half_the_work():
-    cfg = replace(CASES[4][0], depth=2)
+    cfg = CAbstractorConfig(grid=16, to=12, depth=2)
     total = lambda n: sum(m.inputs * m.outputs * m.times for _, _, ms in CONNECTORS[type(cfg)](cfg, "c", 8, 8, n, True, bool) for m in ms)
     assert total(512.0) == 2 * total(256.0)
