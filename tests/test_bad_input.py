@@ -42,7 +42,7 @@ def record(id: str, question: str = "<image>\nWhat?", answer: str = "Noise.", im
 # Name -> (record, reason, what the line says besides).
 BAD = {
     "missing": (record("missing", image="nowhere.jpg"), "missing_file", "nowhere.jpg: No such file or directory"),
-    "truncated": (record("truncated", image="half.jpg"), "decode", "replace the file: it is truncated, or not an image"),
+    "truncated": (record("truncated", image="half.jpg"), "decode", "replace the file: it is truncated, or no medium of its kind"),
     "text": (record("text", image="text.jpg"), "decode", "are no image"),
     "bomb": (record("bomb", image="bomb.png"), "bomb", "400000000 pixels"),
     "two": (record("two", question="<image><image>\nWhat?"), "placeholders", "one placeholder, such as <image>, for each"),

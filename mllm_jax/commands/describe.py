@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.commands import common
+from mllm_jax.commands.compare import line as brief
 
 HELP = """Print the shapes, sizes and work of a recipe.
 
@@ -30,6 +31,9 @@ examples:
 # The host's part of the line, the same for every recipe; what a recipe chooses stands between.
 HOST = ("types", "data.datasets", "data.templates", "data.tokenize", "data.pack", "data.loader", "train.feed")
 DEVICE = ("train.state", "train.step", "train.optimizer", "train.loop")
+# Width and height of images of different shapes; how several images are seen in the words of a line.
+SIZES = ((100, 80), (640, 480), (800, 800), (1000, 500), (300, 900))
+WAYS = {"images": "image of several"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +78,11 @@ def describe(name: str, recipe: Any, stage: str | None = None) -> Iterator[str]:
     yield ""
     yield from table(work(stages), indent=" ", right=range(1, 1 + len(stages)))
     yield ""
+    if rows := list(by_size(stages[stage])):
+        yield "Tokens of an image of so many pixels"
+        yield ""
+        yield from table(rows, indent=" ", right=range(1, 1 + len(SIZES)))
+        yield ""
     yield "Read, in this order"
     yield ""
     yield from table(files(name, recipe, stages[stage]), indent=" ", right=(0,))
@@ -106,7 +115,8 @@ class Planned:
         self.rows, self.seq = stage.data.batch_size, stage.data.seq_len
         self.spec = row_spec(self.seq, stage.data.items, self.towers, 0)
         self.items = {m: room.items for m, room in self.spec.media.items()}
-        self.tokens = {m: tokens_of(t) for m, t in self.towers.items()}
+        self.ways = {WAYS.get(kind) or kind or m: way for m, t in self.towers.items() for kind, way in t.kinds.items()}
+        self.tokens = {label: tokens_of(way, way.nominal) for label, way in self.ways.items()}
         n = self.rows * self.seq
         self.flops = step_flops(self.model, self.trained, Counts(
             rows=self.rows, tokens=n, squares=n * self.seq, trained=n,
@@ -134,14 +144,14 @@ class Planned:
         return dict(sorted(out.items(), key=lambda kv: (place(kv[0]), kv[0].endswith("/connector"))))
 
 
-def tokens_of(tower: Any) -> int:
-    """Positions of a row that a photograph of 640x480 pixels takes, without text; 0 where it stands beside the row."""
+def tokens_of(tower: Any, cut: Any) -> int:
+    """Positions of a row that a medium takes that is cut so, without text; 0 where it stands beside the row."""
     from mllm_jax.data.layouts import Plain
     from mllm_jax.types import Run
 
     if tower.route != "splice":
         return 0
-    pieces = (tower.layout or Plain())(tower.nominal, tower.num_tokens(tower.nominal.grid))
+    pieces = (tower.layout or Plain())(cut, tower.num_tokens(cut.grid))
     return sum(len(piece.slots) for piece in pieces if isinstance(piece, Run))
 
 
@@ -179,13 +189,14 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
     shape = lambda x, letter="f": f"{letter}[{' '.join(map(str, x.shape))}]"
     weights = ", ".join(f"{k} {v:g}" for k, v in stage.data.sources.items())
     yield "host", "source", "", weights
-    for m, tower in p.towers.items():
+    for label, tower in p.ways.items():
         cut = tower.nominal
         t, rows, columns = cut.grid
         grid = f"{rows} x {columns} patches of {tower.patch} x {tower.patch}" + (f", {t} times" if t > 1 else "")
-        tiles = f"{cut.tiles} tiles of " if cut.tiles > 1 else ""
-        example = "; of a picture of 640x480" if tiles or tower.view.packed else ""
-        yield "", f"view of {m}", f"u8[{cut.tiles * t * rows * columns} {tower.encoder.patch_dim}]", f"{tower.view}: {tiles}{grid}{example}"
+        tiles = f"{cut.tiles} {'frames' if cut.frames > 1 else 'tiles'} of " if cut.tiles > 1 else ""
+        example = "; of a picture of 640x480" if tower.view.packed or tiles and cut.frames == 1 else ""
+        what = f"{brief(tower.view)}: {tiles}{grid}{example}"
+        yield "", f"view of {label}", f"u8[{cut.tiles * t * rows * columns} {tower.encoder.patch_dim}]", what
     yield "", "encode", f"i32[up to {p.seq}]", f"template {stage.data.template}, tokenizer {recipe.tokenizer}" + "".join(
         f"; {n} tokens for each {m}" for m, n in p.tokens.items() if n)
     room = ", ".join(room_of(n, m, p.towers[m]) for m, n in p.items.items())
@@ -235,7 +246,10 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
 
 def room_of(n: int, modality: str, tower: Any) -> str:
     """The room of a row in what it is counted in, "3 images" or "5 image tiles"."""
-    return f"{n} {modality}" + (" patches" if tower.view.packed else " tiles" if tower.room > 1 else "s" * (n > 1))
+    from mllm_jax.data.pack import unit
+
+    what = unit(modality, tower)
+    return f"{n} {what.removesuffix('s') if n == 1 else what}"
 
 
 def sight(model: Any) -> str:
@@ -283,6 +297,15 @@ def work(stages: Mapping[str, Planned]) -> Iterator[tuple[str, ...]]:
     yield "parameters in float32", *each(lambda p: gib(4 * p.total))
     yield "gradients", *each(lambda p: gib(4 * p.trained_size))
     yield "optimizer state", *each(lambda p: gib(p.state_bytes))
+
+
+def by_size(p: Planned) -> Iterator[tuple[str, ...]]:
+    """Tokens by width and height, of inputs that do not give all images as many."""
+    counts = {m: [tokens_of(t, t.view.plan(height, width, t.patch)) for width, height in SIZES] for m, t in p.towers.items()}
+    if varying := {m: found for m, found in counts.items() if len(set(found)) > 1}:
+        yield "", *(f"{width}x{height}" for width, height in SIZES)
+        for m, found in varying.items():
+            yield m, *map(str, found)
 
 
 def files(name: str, recipe: Any, p: Planned) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ it by reason and skip it, or stop with the record's id (`recipe.Data.on_bad_exam
 # Reason -> what the reader of the message can do about it.
 REASONS = {
     "missing_file": "put the file there, or remove the record",
-    "decode": "replace the file: it is truncated, or not an image",
+    "decode": "replace the file: it is truncated, or no medium of its kind",
     "bomb": "shrink the image, or remove the record",
     "narrow": "crop the image, or remove the record",
     "tiny": "remove the record, or lower the limit of 8 pixels a side",

@@ -77,6 +77,11 @@ class RowSpec:
                 spec.check(item, sequence.id)
 
 
+def unit(modality: str, tower: Any) -> str:
+    """What the room of a row is counted in: "images", "image tiles" or "image patches"."""
+    return f"{modality} patches" if tower.view.packed else f"{modality} tiles" if tower.room > 1 else f"{modality}s"
+
+
 def row_spec(seq_len: int, items: Mapping[str, int], towers: Mapping[str, Any], pad: int) -> RowSpec:
     """The shape of rows for a model with these towers; an input that `items` does not name has room for one medium.
 

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image
 
 from mllm_jax.data.batch import Rows
+from mllm_jax.data.pack import unit
 from mllm_jax.data.views import join
+from mllm_jax.types import KINDS
 
 _COLOURS = ("#3b6ea5", "#a5563b", "#4b8b3b", "#7a4b9a", "#a58a1f", "#2f8a8a")
 
@@ -89,7 +91,7 @@ def _row(rows: Rows, b: int, tokenizer: Any, towers: Mapping[str, Any]) -> str:
         "1 segment" if len(spans) == 1 else f"{len(spans)} segments",
         f"{real} of {length} positions ({real / length:.0%})",
         f"{np.sum(batch.weights[b] > 0)} trained",
-        *(f"{np.sum(m.mask[b])} of {m.mask.shape[1]} {name}s" for name, m in batch.media.items()),
+        *(f"{np.sum(m.mask[b])} of {m.mask.shape[1]} {unit(name, towers[name])}" for name, m in batch.media.items()),
     ]
     out = [
         f'<section class="row"><header><h2>Row {b}</h2><span class="facts">{" · ".join(facts)}</span></header>'
@@ -113,9 +115,11 @@ def _text(batch: Any, b: int, at: list[int], trained: np.ndarray, tokenizer: Any
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     # Runs of: media tokens, or text of one marking; a byte-level character may need several tokens to be readable.
     owner = {i: _owner(batch, b, i, towers) for i in at}
+    kinds = {number: kind for kind, number in KINDS.items()}
+    kind = lambda i: owner[i] and kinds[int(batch.kinds[b, i])]         # a video is an item of the input "image"
     out = []
-    for (name, mark, plain), group in groupby(
-        at, key=lambda i: (owner[i], bool(trained[i]), batch.tokens[b, i] not in special)
+    for (name, shown, mark, plain), group in groupby(
+        at, key=lambda i: (owner[i], kind(i), bool(trained[i]), batch.tokens[b, i] not in special)
     ):
         where = list(group)
         if name is not None:
@@ -123,7 +127,7 @@ def _text(batch: Any, b: int, at: list[int], trained: np.ndarray, tokenizer: Any
             slots = media.slot[b, where]
             note = f"{len(where)} tokens at {where[0]}-{where[-1]}, slots {slots.min()}-{slots.max()}"
             tiles = _tiles(media, b, slots, tower)
-            out += [_medium(name, _picture(media, b, i, tower), i, note) for i in tiles] or [f'<span class="special">{name} mark</span>']
+            out += [_medium(shown, _picture(media, b, i, tower), i, note) for i in tiles] or [f'<span class="special">{name} mark</span>']
             continue
         ids = batch.tokens[b, where].tolist()
         if plain:

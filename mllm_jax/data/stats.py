@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.pack import RowSpec, pack, rooms, row_spec
+from mllm_jax.data.pack import RowSpec, pack, rooms, row_spec, unit
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode
 from mllm_jax.types import Sequence, record
@@ -78,10 +78,12 @@ def report(
         trained = sum(int(np.count_nonzero(s.weights)) for s in one.sequences)
         yield f"  trained: {trained / sum(len(s) for s in one.sequences):.1%} of the positions"
         for modality, tower in towers.items():
-            unit = f"{modality} patches" if tower.view.packed else f"{modality} tiles" if tower.room > 1 else f"{modality}s"
-            yield from histogram(f"{unit} of an example", _rooms(one.sequences, modality), whole=not tower.view.packed)
+            yield from histogram(f"{unit(modality, tower)} of an example", _rooms(one.sequences, modality), whole=not tower.view.packed)
         if one.sizes:
             yield from histogram("shorter side of an image, pixels", [min(size) for size in one.sizes])
+        if films := [item.cut for s in one.sequences for item in s.items if item.blob.kind == "video"]:
+            yield from histogram("seconds of a video", [round(len(cut.seconds) * cut.every) for cut in films])
+            yield from histogram("moments of a video that are seen", [len(cut.seconds) for cut in films])
         yield ""
     sample = mixed(measured)
     if not sample:

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mllm_jax.commands.describe import Planned, batch_of, describe, number, short, table
-from mllm_jax.config import ConfigError, load
+from mllm_jax.commands.describe import SIZES, Planned, batch_of, describe, number, short, table
+from mllm_jax.config import ConfigError, load, recipe_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,40 @@ def test_a_batch_fits_the_model_of_every_stage():
     for name in recipe.stages:
         p = Planned(recipe, name)
         assert batch_of(p).tokens.shape == (p.rows, p.seq)
+
+
+# Of every image, or by the sizes that the page shows: what the papers say, or the processors of transformers.
+TOKENS = {
+    "projector/llava": 256, "projector/llava_15": 576, "projector/paligemma": 4096, "projector/gemma3": 256, "projector/honeybee": 144,
+    "projector/mobilevlm": 144, "projector/mobilevlm_v2": 144, "resolution/m3": 576, "resampler/blip2": 32, "resampler/instructblip": 32,
+    "resampler/qwen_vl": 256, "experts/moe_llava": 576, "experts/mm1": 144, "experts/cogvlm": 1225 + 2,
+    "resolution/llava_next": {"1000x500": 1752, "640x480": 2340, "300x900": 2376, "800x800": 2928, "100x80": 576 + 20 * 25},
+    "resolution/qwen2_vl": {"100x80": 12, "640x480": 391, "800x800": 841, "1000x500": 648, "300x900": 352},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENS if name in recipe_names()])
+def test_tokens_of_an_image_are_the_published_ones(name):
+    page, wanted = "\n".join(describe(name, load(name))), TOKENS[name]
+    found = by_size_of(page) if isinstance(wanted, dict) else int(re.search(r"; (\d+) tokens for each image", page)[1])
+    assert found == wanted
+
+
+def test_tokens_of_onevision_are_those_that_its_processor_asks_for():
+    module = pytest.importorskip("transformers.models.llava_onevision.processing_llava_onevision")
+    processor = object.__new__(module.LlavaOnevisionProcessor)
+    vars(processor).update(num_image_tokens=729, vision_aspect_ratio="anyres_max_9", image_processor=SimpleNamespace(
+        image_grid_pinpoints=[[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)]))
+    page = "\n".join(describe("resolution/llava_onevision", load("resolution/llava_onevision")))
+    sizes = {f"{w}x{h}": processor._get_number_of_features(h, w, 384, 384) for w, h in SIZES}
+    assert by_size_of(page) == sizes and sizes["800x800"] == 729 + 81 * 82
+    assert "730 tokens for each image of several; 6273 tokens for each video" in page and 6273 == 32 * 14 * 14 + 1
+
+
+def by_size_of(page: str) -> dict[str, int]:
+    """{width x height: tokens} of the page."""
+    header, counts = (line.split() for line in page.partition("Tokens of an image of so many pixels\n\n")[2].splitlines()[:2])
+    return dict(zip(header, map(int, counts[1:]), strict=True))
 
 
 def test_an_unknown_stage_is_named():
