@@ -43,6 +43,7 @@ ALL = [f"{name}:{knobs}" if knobs else name for name in NAMES for knobs in KNOBS
 STAGES = [(name, stage) for name in NAMES for stage in load(name).stages]
 # transformers has no class for them; of LLaVA, because it has two linear layers between tower and decoder, never one.
 NO_CLASS = {"experts/moe_llava", "projector/honeybee", "projector/llava", "projector/mobilevlm", "projector/mobilevlm_v2", "resampler/qwen_vl"}
+REMOTE = {"CogVLMForCausalLM"}          # whose class is code on the Hub
 
 
 def test_the_contents_of_the_cookbook_are_complete():
@@ -131,9 +132,10 @@ def check_export(out: Path, restore: dict) -> None:
     import transformers as hf
 
     folder = out / "export"
-    kind = getattr(hf, json.loads((folder / "config.json").read_text())["architectures"][0])
-    _, info = kind.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    [kind] = json.loads((folder / "config.json").read_text())["architectures"]
+    if kind not in REMOTE:
+        _, info = getattr(hf, kind).from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     describe(folder)
     _, again = load_hf(folder)
     stage = list(restore["stages"])[-1]

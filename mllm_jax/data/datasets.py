@@ -84,6 +84,13 @@ DATASETS = {
            ("llava_onevision_3m2", "LLaVA-OneVision-Data/single_image", 3_200_000, "datasets/lmms-lab/LLaVA-OneVision-Data"),
            ("m4_instruct_560k", "M4-Instruct-Data/m4_instruct_annotations", 560_000, "datasets/lmms-lab/M4-Instruct-Data"),
            ("llava_onevision_video_350k", "ShareGPTVideo/onevision", 350_000, "ShareGPTVideo"))},
+    "cogvlm_sft_311k": Dataset(
+        format="parquet",
+        path="CogVLM-SFT-311K",
+        records=311_000,
+        url="https://huggingface.co/datasets/THUDM/CogVLM-SFT-311K",
+        licence="CC-BY-NC-4.0",
+    ),
     # Pairs for contrastive training, as img2dataset writes them.
     "datacomp_1b": Dataset(
         format="webdataset",
@@ -104,6 +111,13 @@ DATASETS = {
         path="laion_2b",
         records=2_170_337_258,
         url="https://github.com/rom1504/img2dataset/blob/main/dataset_examples/laion5B.md",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
+    "coyo_700m": Dataset(
+        format="webdataset",
+        path="coyo_700m",
+        records=746_972_269,
+        url="https://github.com/kakaobrain/coyo-dataset",
         licence="CC-BY-4.0 for the index; the images are their owners'",
     ),
     # Web documents: shards with the images in them, as OpenFlamingo writes them; the first five that match their sentence.
@@ -173,6 +187,7 @@ DATASETS = {
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"
     ),
+    "cogvlm_grounding_40m": Dataset(format="webdataset", records=40_000_000, url="https://arxiv.org/abs/2311.03079", licence="not public"),
     # WebLI, CC3M-35L, VQ2A-CC3M-35L, OpenImages and WIT as PaliGemma mixes them, in weights that are not published.
     # Not published: pairs of image and text; documents, questions and videos beside them; conversations.
     **{f"qwen2_vl_{name}": Dataset(format="webdataset", url="https://arxiv.org/abs/2409.12191", licence="not public")

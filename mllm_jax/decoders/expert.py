@@ -1,7 +1,7 @@
 """A layer with two sets of weights: one for text, one for media (the visual expert of CogVLM, arXiv:2311.03079, section 2.2).
 
 Which one a position goes through is told by its kind, and not by a router; all positions attend to one another, and
-share the norms.  Where a row is text alone, the layer is that of the language model, to the last bit.  In training both
+share the norms.  Where a row is text alone, the layer is that of the language model.  In training both
 sets are applied to every position and one result is kept: exact and of static shape, at twice the matmuls.
 """
 

@@ -12,6 +12,7 @@ from flax import nnx
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.data.views import Square
+from mllm_jax.decoders.expert import ExpertLayer
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.vit import ViTConfig
@@ -153,6 +154,15 @@ def test_layers_with_a_window_see_no_more_pairs_than_it():
     assert step_flops(model, set(), Counts(tokens=6, squares=18)) == 2 * weights * 6 + 4 * 4 * 5 * 2 * 6        # 3 fit into it
     whole = step_flops(model, {"decoder/blocks/2/mlp/up/kernel"}, two)
     assert whole - step_flops(model, set(), two) == 2 * 4 * 8 * 12 + 2 * weights * 12 + 2 * 4 * 4 * 2 * (4 * 15 + 21)
+
+
+def test_a_position_goes_through_one_of_two_sets_of_weights():
+    """The image has 16 of 40 positions; where its weights alone train, text has no gradient of weights."""
+    model = replace(MLLM, decoder=replace(LLM, cycle=(ExpertLayer(),)))
+    counts = Counts(rows=1, tokens=40, squares=1600, items={"image": 1})
+    assert step_flops(model, set(), counts) == step_flops(MLLM, set(), counts)
+    of = lambda trained: flops_by_part(model, {f"decoder/blocks/0/{trained}/kernel"}, counts)["decoder"]
+    assert of("mlp/up") - of("expert/mlp/up") == 2 * 64 * 80 * LLM.depth * (24 - 16)
 
 
 def test_padding_and_missing_images_cost_nothing():
