@@ -91,7 +91,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadExample("", "bomb", f"{str(error).split(',')[0]}; at most {max_pixels} pixels are decoded") from error
+        raise BadExample("", "bomb", f"{str(error).split(' exceeds')[0]}; at most {max_pixels} pixels are decoded") from error
     except UnidentifiedImageError as error:
         raise BadExample("", "decode", f"{len(data)} bytes that begin with {data[:12]!r} are no image") from error
     except Exception as error:          # a header cut short raises whatever the plugin met first

@@ -138,5 +138,6 @@ CLIP_VISION = Family(
     model_type="clip_vision_model", architecture="CLIPVisionModel", ignore=BUFFERS, free=("layer", "keep_class", "final_norm"),
     like=lambda c: isinstance(c, ViTConfig) and c.class_token,
     config=vit, hf_config=lambda cfg, ids: (their_vit(cfg), {}), layouts=((r"^(?!vision_model\.)", "vision_model."),),
+    memory=((r"^vision_model\.", ""),),
     parts=(Part(theirs="vision_model.", ours="", rows=IMAGE, of=lambda c: c),),
 )

@@ -90,7 +90,7 @@ def export(
                 _save_tokenizers(chosen, cfg, new)
             if template := chat_template or getattr(tokenizer, "chat_template", None):
                 (new / "chat_template.jinja").write_text(template)
-        write_hf(new, chosen, links, _stream(params, links, dtype), {k: dtype or p.dtype for k, p in params.items()}, max_shard_bytes)
+        write_hf(new, chosen, links, stream(params, links, dtype), {k: dtype or p.dtype for k, p in params.items()}, max_shard_bytes)
     if jax.process_count() > 1:         # nobody goes on to read what is not there yet
         multihost_utils.sync_global_devices(f"export {folder}")
     return folder
@@ -102,14 +102,15 @@ def write_hf(
     links: list[Link],
     tensors: Iterator[tuple[Link, np.ndarray]],
     dtypes: Mapping[str, Any],
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: float = SHARD_BYTES,
+    stem: str = "model",
 ) -> None:
     """Writes (link, array in our layout) pairs, in any order, as safetensors in shards with an index.
 
     Without a folder (a host that does not write) the tensors are only asked for.
     """
     spec = {x.theirs: (np.dtype(dtypes[x.ours]), x.their_shape) for x in links}
-    files = shards({n: int(np.prod(shape)) * dtype.itemsize for n, (dtype, shape) in spec.items()}, max_shard_bytes)
+    files = shards({n: int(np.prod(shape)) * dtype.itemsize for n, (dtype, shape) in spec.items()}, max_shard_bytes, stem)
     with contextlib.ExitStack() as stack:
         writer = {}
         for file, names in files.items() if folder else ():
@@ -135,7 +136,8 @@ def _save_tokenizers(family: Family, cfg: Any, folder: Path) -> None:
         load_tokenizer(functools.reduce(named, path.split("."), cfg), media=()).save_pretrained(folder / beside)
 
 
-def _stream(params: Mapping[str, jax.Array], links: list[Link], dtype: Any) -> Iterator[tuple[Link, np.ndarray]]:
+def stream(params: Mapping[str, jax.Array], links: list[Link], dtype: Any) -> Iterator[tuple[Link, np.ndarray]]:
+    """Each link with its layer of our parameter, fetched from where it is when it is asked for."""
     for link in links:
         x = params[link.ours]
         if link.layer is not None:

@@ -103,6 +103,7 @@ class Family:
     processor: Callable[[Any], dict] | None = None                      # ours -> processor_config.json
     processor_class: str = ""                                           # of transformers; "" for text alone
     layouts: tuple[tuple[str, str], ...] = ()   # regular expressions that bring other key layouts into that of the table
+    memory: tuple[tuple[str, str], ...] = ()    # and that bring the names of the table into those of the class of transformers
     ignore: tuple[str, ...] = ()                # buffers that old files hold: regular expressions
     tokenizers: Mapping[str, str] = field(default_factory=dict)     # folder beside the weights -> where our configuration names it
     variant: str = ""                           # where several architectures have one model_type
@@ -114,9 +115,12 @@ class Family:
         return "-".join(filter(None, (self.model_type, self.variant)))
 
     def canonical(self, name: str) -> str:
-        for pattern, new in self.layouts:
-            name = re.sub(pattern, new, name)
-        return name
+        """The name in the table of a tensor that a checkpoint or a model in memory calls so."""
+        return _renamed(name, self.layouts)
+
+    def in_memory(self, name: str) -> str:
+        """What the class of transformers calls a tensor of the table."""
+        return _renamed(name, self.memory)
 
     def links(self, cfg: Any) -> list[Link]:
         """Every pair of a tensor and a parameter, in the order of the table."""
@@ -205,6 +209,12 @@ def _plain(node: Any) -> Any:
         new["table"] = None if new["table"] == new["grid"] else new["table"]
         new["layer"] = node.run_depth - new["depth"] - 1
     return replace(node, **new)
+
+
+def _renamed(name: str, layouts: tuple[tuple[str, str], ...]) -> str:
+    for pattern, new in layouts:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def _rearrange(x: np.ndarray, how: str, sizes: Mapping[str, int]) -> np.ndarray:

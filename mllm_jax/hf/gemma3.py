@@ -60,5 +60,5 @@ GEMMA3 = Family(
         Part(theirs="multi_modal_projector.", ours="inputs/image/connector/", rows=CONNECTOR, of=lambda c: c.inputs["image"].connector),
         Part(theirs="language_model.", ours="decoder/", rows=gemma.GEMMA3_ROWS, of=lambda c: c.decoder),
     ),
-    layouts=llava.LAYOUTS, ignore=(*clip.BUFFERS, *llama.BUFFERS),
+    layouts=llava.LAYOUTS, memory=llava.MEMORY, ignore=(*clip.BUFFERS, *llama.BUFFERS),
 )

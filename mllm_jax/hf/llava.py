@@ -117,11 +117,17 @@ LAYOUTS = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+MEMORY = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^(?=multi_modal_projector\.|image_newline$)", "model."),
+)
 LLAVA = Family(
     model_type="llava", architecture="LlavaForConditionalGeneration", config=config, hf_config=hf_config,
     like=lambda c: isinstance(c, MLLMConfig), processor=processor, processor_class="LlavaProcessor",
     parts=(TOWER_PART, CONNECTOR_PART, DECODER_PART),
-    layouts=LAYOUTS,
+    layouts=LAYOUTS, memory=MEMORY,
     ignore=(*clip.BUFFERS, *llama.BUFFERS),
     # Its pooled vector is not used, and the class of a tower without attention pooling is the same to transformers.
     free=(r"inputs\.image\.encoder\.pool",),

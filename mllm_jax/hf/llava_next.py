@@ -76,5 +76,5 @@ LLAVA_NEXT = Family(
         t.layout == AnyRes() and isinstance(t.view, Tiles) and not t.also for t in c.inputs.values()),
     processor=llava.processor, processor_class="LlavaNextProcessor",
     parts=(llava.TOWER_PART, llava.CONNECTOR_PART, NEWLINE_PART, llava.DECODER_PART),
-    layouts=llava.LAYOUTS, ignore=(*clip.BUFFERS, *llama.BUFFERS), free=(r"inputs\.image\.encoder\.pool",),
+    layouts=llava.LAYOUTS, memory=llava.MEMORY, ignore=(*clip.BUFFERS, *llama.BUFFERS), free=(r"inputs\.image\.encoder\.pool",),
 )

@@ -79,6 +79,6 @@ LLAVA_ONEVISION = Family(
     model_type="llava_onevision", architecture="LlavaOnevisionForConditionalGeneration", config=config, hf_config=hf_config,
     like=lambda c: isinstance(c, MLLMConfig) and any(isinstance(t.layout, AnyRes) and t.layout.cap for t in c.inputs.values()),
     processor=processor, processor_class="LlavaOnevisionProcessor",
-    parts=llava_next.LLAVA_NEXT.parts, layouts=llava.LAYOUTS, ignore=(*clip.BUFFERS, *llama.BUFFERS),
+    parts=llava_next.LLAVA_NEXT.parts, layouts=llava.LAYOUTS, memory=llava.MEMORY, ignore=(*clip.BUFFERS, *llama.BUFFERS),
     free=(r"inputs\.image\.encoder\.pool", r"inputs\.image\.also\.video\.view\.(frames|fps|least|pick)"),
 )

@@ -54,5 +54,5 @@ PALIGEMMA = Family(
              of=lambda c: c.inputs["image"].connector),
         Part(theirs="language_model.", ours="decoder/", rows=llama.ROWS, of=lambda c: c.decoder),
     ),
-    layouts=llava.LAYOUTS, ignore=(*clip.BUFFERS, *llama.BUFFERS),
+    layouts=llava.LAYOUTS, memory=llava.MEMORY, ignore=(*clip.BUFFERS, *llama.BUFFERS),
 )

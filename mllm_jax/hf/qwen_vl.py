@@ -203,6 +203,7 @@ def family(kind: str, name: str, like: Any) -> Family:
         ),
         layouts=((r"^(?!model\.|lm_head\.)", "model."),) if new else (
             (r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+        memory=() if new else ((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual.")),
         ignore=llama.BUFFERS, free=(r"inputs\.image\.also\.video\.view(\..*)?",))
 
 

@@ -83,6 +83,6 @@ SIGLIP_VISION = Family(
     model_type="siglip_vision_model", architecture="SiglipVisionModel", ignore=BUFFERS,
     like=lambda c: isinstance(c, ViTConfig) and not c.class_token,
     free=("layer", "keep_class", "final_norm"), config=vit, hf_config=lambda cfg, ids: (their_vit(cfg), {}),
-    layouts=((r"^(?!vision_model\.)", "vision_model."),),
+    layouts=((r"^(?!vision_model\.)", "vision_model."),), memory=((r"^vision_model\.", ""),),
     parts=(Part(theirs="vision_model.", ours="", rows=IMAGE + POOL, of=lambda c: c),),
 )

@@ -122,7 +122,7 @@ class Writer:
         self.file.close()
 
 
-def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+def shards(sizes: Mapping[str, int], limit: float, stem: str = "model") -> dict[str, list[str]]:
     """File name -> tensors, in order, each file at most `limit` bytes unless a single tensor is larger."""
     groups, room = [[]], limit
     for name, size in sizes.items():
@@ -132,8 +132,8 @@ def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
         groups[-1].append(name)
         room -= size
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": g for i, g in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05}-of-{len(groups):05}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
 @contextlib.contextmanager
@@ -143,7 +143,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
       ConfigError: `folder` exists and holds something else than a model.
     """
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
+    ours = lambda: any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+    if folder.exists() and not (folder.is_dir() and (ours() or not any(folder.iterdir()))):
         raise ConfigError(f"{folder} exists and is not a model folder; give another place, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("new", "old"))
