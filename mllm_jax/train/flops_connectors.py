@@ -92,9 +92,8 @@ def _merge(cfg: MergeConfig, path: str, d_in: int, d_out: int, tokens: float, pa
     square = cfg.side**2
     for merger, n in (("merger", tokens), ("deep", tokens * cfg.deep)):
         wide, few = d_in * square, n / square
-        if n:                           # a norm comes first
-            at = f"{path}/{merger}"
-            yield from products(at, {"up": (wide, wide, few), "down": (wide, d_out, few)}, passes or trains(at))
+        sizes: Sizes = {f"{merger}/up": (wide, wide, few), f"{merger}/down": (wide, d_out, few)}
+        yield from products(path, sizes if n else {}, passes or trains(f"{path}/{merger}/norm"))
 
 
 def _perceiver(cfg: PerceiverConfig, path: str, d: int, d_out: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:

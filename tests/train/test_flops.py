@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig
+from mllm_jax.data.native import Native
 from mllm_jax.data.views import Square
 from mllm_jax.decoders.expert import ExpertLayer
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
+from mllm_jax.encoders.native import NativeViTConfig
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
@@ -118,6 +121,19 @@ def test_the_count_is_that_of_the_traced_step(name):
         step, trained, frozen = program(model, glob)
         traced = matmul_flops(jax.make_jaxpr(step)(trained, frozen).jaxpr)
     assert step_flops(model, trained, FULL) == traced
+
+
+def test_packed_patches_by_hand():
+    """Of two images of 16 and 4 patches every patch counts once, and with those of its own image, or of its window of 4."""
+    vit = NativeViTConfig(width=48, depth=3, heads=3, mlp=96, patch=8)
+    model = lambda encoder: replace(MLLM, inputs={"image": TowerConfig(view=Native(), encoder=encoder, connector=MergeConfig())})
+    work = lambda encoder: flops_by_part(model(encoder), set(), Counts(items={"image": 20}, pairs={"image": 16**2 + 4**2}))
+    weights = 2 * 8 * 8 * 3 * 48 + 3 * (4 * 48 * 48 + 2 * 48 * 96)
+    parts = work(vit)
+    assert parts["inputs/image/encoder"] == 2 * 20 * weights + 4 * 48 * 3 * (16**2 + 4**2)
+    assert parts["inputs/image/connector"] == 2 * 5 * (192 * 192 + 192 * 64)
+    near = work(replace(vit, window=2, full=(2,)))["inputs/image/encoder"]
+    assert near == 2 * 20 * weights + 4 * 48 * (16**2 + 4**2 + 2 * 20 * 4)
 
 
 def test_xla_agrees_where_matmuls_dominate():
