@@ -26,7 +26,12 @@ def run(args: argparse.Namespace) -> int:
     from mllm_jax.config import compare
 
     a, b = (common.load_recipe(name, tiny=args.tiny) for name in (args.a, args.b))
-    for path, (left, right) in compare(_spelled(a, b), _spelled(b, a)).items():
+    found = compare(_spelled(a, b), _spelled(b, a))
+    for path, (left, right) in found.items():
+        # What the model of a stage has in common with that of the recipe is said once.
+        stage, _, rest = path.partition(".model.")
+        if stage.startswith("stages.") and found.get(f"model.{rest}") == (left, right):
+            continue
         print(f"{path}\n  - {line(left)}\n  + {line(right)}")
     if a == b:
         print("no difference")

@@ -17,3 +17,12 @@ def test_fields_at_their_defaults_are_left_out():
 def test_a_long_value_ends_in_dots():
     text = line(load("projector/llava_15").model)
     assert len(text) == WIDTH and text.startswith("MLLMConfig(inputs=") and text.endswith(" ...")
+
+
+def test_what_stages_share_with_the_recipe_is_said_once(capsys):
+    from mllm_jax.cli import main
+
+    assert main(["compare", "projector/llava_15", "projector/mobilevlm"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("LDPConfig(grid=24)") == 1 and "stages.align.model" not in printed
+    assert main(["compare", "projector/mobilevlm", "projector/llava_15", "--tiny"]) == 0
