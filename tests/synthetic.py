@@ -56,6 +56,11 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
             token = np.where(inside <= n, inside - 1 + n * (segments - 1), items * n + inside - 1 - n)
             slot = np.where(here, token, -1)
             kinds = np.where(here, KINDS[modality], kinds)
+        taps = mix = None
+        if n and any(way.layout and way.layout.taps for way in tower.kinds.values()):
+            here, of = slot[..., None] >= 0, items * n + len(tower.marks)
+            taps = np.where(here, (slot[..., None] + np.arange(4)) % of, 0).astype(np.int32)
+            mix = np.where(here, rng.dirichlet(np.ones(4), slot.shape), 0).astype(np.float32)
         text = rng.integers(3, tower.words.vocab, (rows, items, tower.words.length)) if tower.words else None
         values, coords = rng.integers(0, 256, (rows, items, p, tower.encoder.patch_dim)), np.zeros((rows, items, p, 3), np.int32)
         mask, item = np.ones((rows, items), bool), None
@@ -67,7 +72,7 @@ def batch_for(model: Any, rows: int = 8, seq_len: int = 48, items: int = 2, seed
             mask = item > 0
         media[modality] = Media(
             text=None if text is None else np.where(rng.random(text.shape) < 0.8, text, -1).astype(np.int32),
-            values=values.astype(np.uint8), coords=coords, mask=mask, item=item, slot=slot.astype(np.int32))
+            values=values.astype(np.uint8), coords=coords, mask=mask, item=item, slot=slot.astype(np.int32), taps=taps, mix=mix)
     trained = (rng.random((rows, seq_len)) < 0.4) & (kinds == 0) & (segments > 0)
     weights = trained * rng.uniform(0.5, 1, trained.shape)
     as_int = lambda x: np.asarray(x, np.int32)
