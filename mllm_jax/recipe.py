@@ -17,6 +17,7 @@ class Optimizer:
     end: float = 0.0                    # learning rate at the end, as a part of the peak
     clip: float | None = 1.0            # largest global norm of the gradient
     weight_decay: float = 0.0           # decoupled; never on biases, norms, scales and gates
+    decays: tuple[str, ...] = ("*",)    # globs over the parameter paths that it reaches
     lr_scale: Mapping[str, float] = field(default_factory=dict)     # glob over parameter paths -> factor
 
 

@@ -42,7 +42,8 @@ NAMES = recipe_names()
 ALL = [f"{name}:{knobs}" if knobs else name for name in NAMES for knobs in KNOBS.get(name, ("",))]
 STAGES = [(name, stage) for name in NAMES for stage in load(name).stages]
 # transformers has no class for them; of LLaVA, because it has two linear layers between tower and decoder, never one.
-NO_CLASS = {"experts/moe_llava", "projector/honeybee", "projector/llava", "projector/mobilevlm", "projector/mobilevlm_v2", "resampler/qwen_vl"}
+NO_CLASS = {"experts/moe_llava", "projector/honeybee", "projector/llava", "projector/mobilevlm", "projector/mobilevlm_v2", "resampler/flamingo",
+            "resampler/qwen_vl"}
 REMOTE = {"CogVLMForCausalLM"}          # whose class is code on the Hub
 
 
@@ -94,7 +95,7 @@ def test_a_stage_learns_one_batch_and_leaves_the_rest_alone(name: str, stage_nam
     assert {k: v.tobytes() for k, v in before[1].items()} == {k: np.asarray(v).tobytes() for k, v in state.frozen.items()}
     # Of a tower whose features are read before it, the last norm is there for the checkpoint alone.
     unread = [f"inputs/{m}/encoder/norm/" for m, t in blueprint.cfg.inputs.items()
-              if t.route == "splice" and not getattr(t.encoder, "final_norm", True)]
+              if t.route != "pool" and not getattr(t.encoder, "final_norm", True)]
     still = [k for k, v in before[0].items() if np.array_equal(v, state.params[k]) and not k.startswith(tuple(unread))]
     assert not still, f"trained, and did not move: {still}"
 
@@ -122,7 +123,7 @@ def test_a_whole_run_ends_with_metrics_a_report_and_an_export(name: str, tmp_pat
     printed = capfd.readouterr()
     if name in NO_CLASS:
         assert not (out / "export").exists()
-        assert [line for line in printed.out.splitlines() if line.startswith("no Hugging Face folder: the family 'llava' cannot express")]
+        assert [line for line in printed.out.splitlines() if line.startswith("no Hugging Face folder: the family ")]
         return
     check_export(out, restore=metrics)
 

@@ -145,12 +145,12 @@ class Planned:
 
 
 def tokens_of(tower: Any, cut: Any) -> int:
-    """Positions of a row that a medium takes that is cut so, without text; 0 where it stands beside the row."""
+    """Positions of a row that a medium takes that is cut so, without text; one where it stands beside the row."""
     from mllm_jax.data.layouts import Plain
     from mllm_jax.types import Run
 
     if tower.route != "splice":
-        return 0
+        return int(tower.route == "memory")
     pieces = (tower.layout or Plain())(cut, tower.num_tokens(cut.grid))
     return sum(len(piece.slots) for piece in pieces if isinstance(piece, Run))
 
@@ -198,7 +198,7 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
         what = f"{brief(tower.view)}: {tiles}{grid}{example}"
         yield "", f"view of {label}", f"u8[{cut.tiles * t * rows * columns} {tower.encoder.patch_dim}]", what
     yield "", "encode", f"i32[up to {p.seq}]", f"template {stage.data.template}, tokenizer {recipe.tokenizer}" + "".join(
-        f"; {n} tokens for each {m}" for m, n in p.tokens.items() if n)
+        f"; {n} token{'s' * (n > 1)} for each {m}" for m, n in p.tokens.items() if n)
     room = ", ".join(room_of(n, m, p.towers[m]) for m, n in p.items.items())
     packs = "several examples a row" if stage.data.pack else "one example a row"
     yield "", "pack", shape(batch.tokens, "i32"), f"{packs}, room for {room or 'no media'} in each"
@@ -220,11 +220,15 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
                 f = trace(lambda model, batch, m=m: model.inputs[m].encoder(batch.media[m])).tokens
                 yield where, tower_name(tower), shape(f), f"{tower.encoder.run_depth} of {tower.encoder.depth} layers run"
                 f = trace(lambda model, batch, m=m: model.inputs[m](batch.media[m])).tokens
-                yield "", type(tower.connector).__name__.removesuffix("Config"), shape(f), "connector, to the width of the decoder"
+                to = "connector" + ("" if tower.route == "memory" else ", to the width of the decoder")
+                yield "", type(tower.connector).__name__.removesuffix("Config"), shape(f), to
             where = ""
         if hasattr(p.model, "decoder"):
-            if p.towers:
+            routes = {tower.route: tower for tower in p.towers.values()}
+            if "splice" in routes:
                 yield "", "splice", shape(x), "by slot, where slot >= 0"
+            if "memory" in routes:
+                yield "", "memory", "", reading(p.model.decoder, routes["memory"])
             yield "", "decoder", shape(out.hidden), sight(p.model)
         else:
             text = trace(lambda model, batch: model.text(model.text.embed(batch.tokens), batch)[0])
@@ -267,6 +271,13 @@ def used(model: Any, path: str) -> float:
     """The part of a parameter that one token uses: less than 1 of experts."""
     match = re.fullmatch(r"decoder/blocks/(\d+)/mlp/experts/.*", path)
     return model.decoder.cycle[int(match[1])].mlp.top_k / model.decoder.cycle[int(match[1])].mlp.experts if match else 1.0
+
+
+def reading(decoder: Any, tower: Any) -> str:
+    """How many layers read the media beside the row, and what a position sees of them."""
+    readers = sum(getattr(decoder.cycle[i % len(decoder.cycle)], "reads", None) is not None for i in range(decoder.depth))
+    each = math.prod(tower.num_tokens(tower.nominal.grid))
+    return f"beside the row; {readers} layers read, a position the {each} tokens of the last item before it"
 
 
 def tower_name(tower: Any) -> str:

@@ -183,6 +183,9 @@ DATASETS = {
                             licence="CC-BY-4.0"),
     "sharegpt_40k": Dataset(format="llava", path="ShareGPT/llava_v1_5_sharegpt40k.json", records=40_688,
                             url="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K", licence="the terms of OpenAI"),
+    "pmd": Dataset(
+        format="webdataset", path="pmd", records=70_000_000, url="https://huggingface.co/datasets/facebook/pmd", licence="those of its parts"
+    ),
     # What the papers used and nobody else can have: named so that a recipe can say so.
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"

@@ -45,6 +45,7 @@ class DecoderConfig(BlockConfig):
         return replace(
             self, vocab=272, width=32, depth=max(2, len(cycle)), heads=4, mlp=64, kv_heads=2 if self.kv_heads else None,
             head_dim=None, rope=rope, positions=self.positions and 320 + self.position_offset, cycle=cycle,
+            added=64 if self.added else 0,      # of the tokens for bytes, with those for blanks and new lines, that all rows hold
             embed_scale=self.embed_scale if self.embed_scale == 1 else 32**0.5)
 
     @property

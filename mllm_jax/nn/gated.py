@@ -41,7 +41,8 @@ class Gated:
         return GatedLayer(self, rngs=rngs)
 
     def tiny(self) -> "Gated":
-        return replace(self, width=32, block=replace(self.block, width=32, heads=2, kv_heads=None, head_dim=8, mlp=64))
+        head_dim = self.block.head_dim and 4            # where heads are as wide as those of the decoder, they still are
+        return replace(self, width=32, block=replace(self.block, width=32, heads=4, kv_heads=None, head_dim=head_dim, mlp=64))
 
 
 def open_flamingo(width: int) -> BlockConfig:

@@ -130,15 +130,34 @@ def _native(cfg: NativeViTConfig, path: str, patches: float, pairs: float, train
     yield path, passes, _block(cfg, f"{path}/blocks/0", cfg.depth, patches, pairs)
 
 
-def _decoder(cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains: Trains) -> Iterator[Product]:
+@record
+class Beside:
+    """Media tokens that layers read beside the rows."""
+
+    tokens: float = 0
+    each: float = 0                     # of one item, which is what a position sees
+    learns: bool = False                # their gradient is wanted
+
+
+def _decoder(
+    cfg: DecoderConfig, path: str, passes: bool, counts: Counts, trains: Trains, memory: Beside = Beside(),
+) -> Iterator[Product]:
     passes = passes or any(trains(f"{path}/{x}") for x in ("embedding", "position"))
     for j, layer in enumerate(cfg.cycle):
         layers = len(range(j, cfg.depth, len(cfg.cycle)))
+        if getattr(layer, "reads", None) is not None:
+            at, keys = f"{path}/blocks/{j}/reads", ("attn/k/kernel", "attn/v/kernel")
+            whole = _block(layer.reads.block, at, layers, counts.tokens, counts.tokens * memory.each, after=f"{path}/blocks")
+            yield path, passes, [m for m in whole if not m.path.endswith(keys)]
+            yield path, memory.learns, [
+                Matmul(path=m.path, inputs=layer.reads.width, outputs=m.outputs, times=layers * memory.tokens)
+                for m in whole if m.path.endswith(keys)]
         yield path, passes, LAYERS[type(layer)](cfg, layer, f"{path}/blocks/{j}", layers, counts, f"{path}/blocks")
     if cfg.head != "none":
         passes = passes or trains(f"{path}/blocks") or trains(f"{path}/norm")
-        matrix = f"{path}/head" if cfg.head == "own" else f"{path}/embedding/table"
-        yield path, passes, [Matmul(path=matrix, inputs=cfg.width, outputs=cfg.vocab, times=counts.trained)]
+        old, new = ("head", "head_added") if cfg.head == "own" else ("embedding/table", "embedding/added")
+        yield path, passes, [Matmul(path=f"{path}/{matrix}", inputs=cfg.width, outputs=n, times=counts.trained)
+                             for matrix, n in ((old, cfg.vocab - cfg.added), (new, cfg.added))]
 
 
 def _layer(cfg: DecoderConfig, layer: Layer, path: str, layers: float, counts: Counts, after: str) -> list[Matmul]:
@@ -169,22 +188,26 @@ def _pairs(cfg: DecoderConfig, window: int | None, counts: Counts) -> float:
 
 
 def _mllm(cfg: MLLMConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
-    learns, media = False, 0.0
+    learns, media, memory = False, 0.0, Beside()
     for modality, tower in cfg.inputs.items():
         items, encoder, path = counts.items.get(modality, 0), tower.encoder, f"inputs/{modality}"
         if tower.view.packed:
             yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, counts.pairs.get(modality, 0), trains)
         else:
             yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
-        each = prod(encoder.num_tokens(tower.nominal.grid))
+        beside, each = tower.route == "memory", prod(encoder.num_tokens(tower.nominal.grid))
         tokens = items if tower.view.packed else items * each
         below = trains(f"{path}/encoder")
         yield from PARTS[type(tower.connector)](
-            tower.connector, f"{path}/connector", encoder.width, cfg.decoder.width, tokens, below, trains)
+            tower.connector, f"{path}/connector", encoder.width, cfg.decoder.memory_width if beside else cfg.decoder.width,
+            tokens, below, trains)
         learns = learns or below or trains(f"{path}/connector")
-        media += tokens * prod(tower.num_tokens(tower.nominal.grid)) / each if tower.route == "splice" else 0
+        made = prod(tower.num_tokens(tower.nominal.grid))
+        if beside:
+            memory = Beside(tokens=items * made, each=made, learns=below or trains(f"{path}/connector"))
+        media += 0 if beside else tokens * made / each
     for reading in _readings(cfg, replace(counts, media=media)):
-        yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, reading, trains)
+        yield from PARTS[type(cfg.decoder)](cfg.decoder, "decoder", learns, reading, trains, memory)
 
 
 def _readings(cfg: MLLMConfig, counts: Counts) -> list[Counts]:

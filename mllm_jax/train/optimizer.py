@@ -47,10 +47,11 @@ def build(cfg: Optimizer, steps: int, paths: Iterable[str]) -> optax.GradientTra
     """The optimizer of the parameters with these paths.
 
     Raises:
-      ConfigError: a glob of `lr_scale` matches no trained parameter.
+      ConfigError: a glob of `lr_scale` or `decays` matches no trained parameter.
     """
     factors = learning_rate_factors(cfg.lr_scale, paths := list(paths))
-    decays = {path: path.rpartition("/")[2] not in NO_DECAY for path in paths}
+    reached = {path for glob in cfg.decays for path in _matched("decays", glob, paths)}
+    decays = {path: path in reached and path.rpartition("/")[2] not in NO_DECAY for path in paths}
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
         RULES[type(cfg)](cfg),
@@ -64,10 +65,14 @@ def learning_rate_factors(lr_scale: Mapping[str, float], paths: list[str]) -> di
     """{path: factor} of the parameters that a glob names; the last glob that matches wins."""
     out = {}
     for glob, factor in lr_scale.items():
-        matched = [p for p in paths if fnmatch(p, glob)]
-        if not matched:
-            raise ConfigError(f"optimizer.lr_scale names {glob!r}, which matches none of the {len(paths)} trained parameters")
-        out |= dict.fromkeys(matched, factor)
+        out |= dict.fromkeys(_matched("lr_scale", glob, paths), factor)
     return out
+
+
+def _matched(field: str, glob: str, paths: list[str]) -> list[str]:
+    matched = [p for p in paths if fnmatch(p, glob)]
+    if not matched:
+        raise ConfigError(f"optimizer.{field} names {glob!r}, which matches none of the {len(paths)} trained parameters")
+    return matched
 
 

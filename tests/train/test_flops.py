@@ -12,6 +12,7 @@ from flax import nnx
 from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig
+from mllm_jax.connectors.resampler import PerceiverConfig
 from mllm_jax.data.native import Native
 from mllm_jax.data.views import Square
 from mllm_jax.decoders.expert import ExpertLayer
@@ -22,6 +23,7 @@ from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
+from mllm_jax.nn.gated import Gated, open_flamingo
 from mllm_jax.nn.lora import LoRA
 from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.nn.param import merge, split
@@ -41,6 +43,10 @@ DUAL = DualEncoderConfig(
     text=replace(LLM, head="none"), dim=24)
 MAP = replace(DUAL, inputs={"image": replace(DUAL.inputs["image"], encoder=SIGLIP)})
 SPARSE = replace(LLM, depth=3, cycle=(Layer(mlp=MoEConfig(experts=8, top_k=3)), Layer()))
+READS = Gated(width=VIT.width, block=replace(open_flamingo(LLM.width), heads=2, head_dim=12, mlp=96))
+FLAMINGO = MLLMConfig(
+    inputs={"image": replace(MLLM.inputs["image"], connector=PerceiverConfig(grid=4, queries=5, depth=1, heads=2, head_dim=8), route="memory")},
+    decoder=replace(LLM, depth=3, vocab=98, added=2, cycle=(Layer(), Layer(reads=READS))))
 FULL = Counts(rows=ROWS, tokens=ROWS * SEQ, squares=ROWS * SEQ**2, trained=ROWS * SEQ, items={"image": ROWS})
 
 
@@ -107,6 +113,9 @@ CASES = {
     "layers that take turns": (replace(MLLM, decoder=replace(LLM, depth=5, cycle=(Layer(), Layer(rope=Rope(theta=100.0))))), "*"),
     "experts": (replace(MLLM, decoder=SPARSE), "*"),
     "only the experts": (replace(MLLM, decoder=SPARSE), "decoder/blocks/0/mlp/*"),
+    "read from memory": (FLAMINGO, "*"),
+    "only the readers": (FLAMINGO, "decoder/blocks/*/reads/*"),
+    "only what is read": (FLAMINGO, "inputs/image/connector/*"),
     "adapters": (LoRA(model=MLLM, rank=4, alpha=8, targets=("decoder/*",)), "*/lora/*"),
     "a dual encoder": (DUAL, "*"),
     "attention pooling": (MAP, "*"),

@@ -30,6 +30,7 @@ ROOMS = {                               # recipe -> positions and image tiles of
     "resolution/llava_next": (448, 15),
     "resolution/llava_onevision": (448, 15),        # and videos
     "experts/moe_llava": (192, 3),
+    "resampler/flamingo": (192, 3),     # read beside the row
 }
 
 

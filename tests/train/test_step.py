@@ -1,6 +1,7 @@
 """The step is one program: microbatches, devices and packing do not change what it computes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -139,6 +140,10 @@ def test_lr_scale_and_no_decay_by_hand():
     assert updates["a/kernel"] == pytest.approx(-0.1 * (1 + 0.5), rel=1e-5)
     assert updates["a/bias"] == pytest.approx(-0.1, rel=1e-5)
     assert updates["b/kernel"] == pytest.approx(-0.01 * (1 + 0.5), rel=1e-5)
+    optimizer = build(replace(cfg, decays=("a/*",)), 10, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert updates["a/kernel"] == pytest.approx(-0.1 * (1 + 0.5), rel=1e-5)
+    assert updates["b/kernel"] == pytest.approx(-0.01, rel=1e-5)
 
 
 def test_globs_that_match_nothing_are_errors():
@@ -148,6 +153,8 @@ def test_globs_that_match_nothing_are_errors():
         trained_paths(["inputs/image/connector/layers/0/kernel", "decoder/head"], ("inputs/image/conector/*",))
     with pytest.raises(ConfigError, match="lr_scale names 'x/\\*', which matches none of the 1"):
         build(Adam(lr=1.0, lr_scale={"x/*": 0.1}), 10, ["a/kernel"])
+    with pytest.raises(ConfigError, match="decays names 'x/\\*', which matches none of the 1"):
+        build(Adam(lr=1.0, decays=("x/*",)), 10, ["a/kernel"])
 
 
 def test_ema_follows_the_parameters():
