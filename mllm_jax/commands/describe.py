@@ -96,18 +96,19 @@ class Planned:
 
         from mllm_jax.data.pack import row_spec
         from mllm_jax.sharding import Layout
+        from mllm_jax.train.adapters import model_of, trained_of
         from mllm_jax.train.flops import Counts, step_flops
         from mllm_jax.train.optimizer import build
-        from mllm_jax.train.state import Blueprint, trained_paths
+        from mllm_jax.train.state import Blueprint
 
         self.stage = stage = recipe.stages[name]
         self.model = stage.model or recipe.model
-        layout = Layout()
-        self.blueprint = Blueprint(self.model, layout, layout.make_mesh(jax.devices()[:1]))
+        layout, whole = Layout(), model_of(recipe, name)
+        self.blueprint = Blueprint(whole, layout, layout.make_mesh(jax.devices()[:1]))
         self.sizes = {k: math.prod(v.shape) for k, v in self.blueprint.shapes.items()}
         self.total = sum(self.sizes.values())
         self.active = round(sum(n * used(self.model, k) for k, n in self.sizes.items()))
-        self.trained = trained_paths(self.sizes, stage.train)
+        self.trained = trained_of(stage, self.sizes)
         ours = {k: v for k, v in self.blueprint.shapes.items() if k in self.trained}
         state = jax.eval_shape(build(stage.optimizer, stage.steps, ours).init, ours)
         self.state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -118,7 +119,7 @@ class Planned:
         self.ways = {WAYS.get(kind) or kind or m: way for m, t in self.towers.items() for kind, way in t.kinds.items()}
         self.tokens = {label: tokens_of(way, way.nominal) for label, way in self.ways.items()}
         n = self.rows * self.seq
-        self.flops = step_flops(self.model, self.trained, Counts(
+        self.flops = step_flops(whole, self.trained, Counts(
             rows=self.rows, tokens=n, squares=n * self.seq, trained=n,
             items={m: k * self.rows for m, k in self.items.items()},
             pairs={m: k * self.rows * math.prod(self.towers[m].nominal.grid) for m, k in self.items.items()}))

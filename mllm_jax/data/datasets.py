@@ -186,6 +186,27 @@ DATASETS = {
     "pmd": Dataset(
         format="webdataset", path="pmd", records=70_000_000, url="https://huggingface.co/datasets/facebook/pmd", licence="those of its parts"
     ),
+    "laion_coco": Dataset(
+        format="webdataset",
+        path="laion_coco",
+        records=600_000_000,
+        url="https://laion.ai/blog/laion-coco/",
+        licence="CC-BY-4.0 for the index; the images are their owners'",
+    ),
+    "docmatix": Dataset(
+        format="parquet", path="Docmatix/images", url="https://huggingface.co/datasets/HuggingFaceM4/Docmatix", licence="MIT",
+    ),
+    "websight": Dataset(
+        format="parquet",
+        path="WebSight/v0.2",
+        options={"columns": "image+text", "rename": "text:caption"},
+        url="https://huggingface.co/datasets/HuggingFaceM4/WebSight",
+        licence="CC-BY-4.0",
+    ),
+    # Fifty sets in one form, each in a folder of its own.
+    "the_cauldron": Dataset(
+        format="parquet", path="the_cauldron", url="https://huggingface.co/datasets/HuggingFaceM4/the_cauldron", licence="those of its sources",
+    ),
     # What the papers used and nobody else can have: named so that a recipe can say so.
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"

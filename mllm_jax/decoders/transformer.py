@@ -67,6 +67,10 @@ LLAMA = DecoderConfig(vocab=32_000, width=4096, depth=32, heads=32, mlp=11_008, 
 VICUNA_7B, VICUNA_13B = LLAMA, replace(LLAMA, width=5120, depth=40, heads=40, mlp=13_824)
 LLAMA_3_1_8B = replace(
     LLAMA, vocab=128_256, kv_heads=8, mlp=14_336, rope=Rope(theta=5e5, scaling=Llama3Scaling()))
+# SmolLM2 (arXiv:2502.02737) as SmolVLM has it: for rows of 16k, with a head of its own and more tokens.
+SMOLLM2_135M = replace(LLAMA, vocab=49_280, width=576, depth=30, heads=9, kv_heads=3, mlp=1536, rope=Rope(theta=1e5))
+SMOLLM2_360M = replace(SMOLLM2_135M, width=960, depth=32, heads=15, kv_heads=5, mlp=2560)
+SMOLLM2_1_7B = replace(LLAMA, vocab=49_155, width=2048, depth=24, heads=32, mlp=8192, rope=Rope(theta=273_768.0))
 MISTRAL_7B = replace(LLAMA, kv_heads=8, mlp=14_336)
 MOBILE_LLAMA_1_4B = replace(LLAMA, width=2048, depth=24, heads=16, mlp=5632, norm=RMSNorm(eps=1e-6))
 MOBILE_LLAMA_2_7B = replace(LLAMA, width=2560, mlp=6912, norm=RMSNorm(eps=1e-6))

@@ -27,7 +27,11 @@ class MLLMConfig:
         return MLLM(self, rngs=rngs)
 
     def tiny(self) -> "MLLMConfig":
-        return replace(self, inputs={m: t.tiny() for m, t in self.inputs.items()}, decoder=self.decoder.tiny())
+        decoder = self.decoder.tiny()
+        # Beside the bytes and what every tokenizer has there must be room for the special tokens of layouts.
+        named = {token for tower in self.inputs.values() for way in tower.kinds.values() if way.layout for token in way.layout.specials}
+        decoder = replace(decoder, vocab=decoder.vocab + -(-len(named) // 8) * 8)
+        return replace(self, inputs={m: t.tiny() for m, t in self.inputs.items()}, decoder=decoder)
 
 
 @struct

@@ -27,6 +27,7 @@ ROOMS = {                               # recipe -> positions and image tiles of
     "projector/llava_15": (192, 3),
     "projector/paligemma": (192, 3),    # prefixes
     "projector/gemma3": (192, 3),       # spans and windows
+    "projector/idefics3": (448, 15),    # tiles among text
     "resolution/llava_next": (448, 15),
     "resolution/llava_onevision": (448, 15),        # and videos
     "experts/moe_llava": (192, 3),
@@ -64,7 +65,8 @@ def batches(request) -> tuple[object, Batch, Batch, list[Row]]:
     """(model, packed batch, one example per row, packed rows)."""
     recipe, (seq, items) = load(request.param).tiny(), ROOMS[request.param]
     model = replace(recipe.model, decoder=replace(recipe.model.decoder, kv_heads=2))
-    tokenizer = load_tokenizer("bytes", media=("image", "video"))
+    named = [token for way in model.inputs["image"].kinds.values() if way.layout for token in way.layout.specials]
+    tokenizer = load_tokenizer("bytes", media=("image", "video"), tokens=named)
     films = "video" in model.inputs["image"].also
     spec = row_spec(seq, {"image": items}, model.inputs, tokenizer.pad_token_id)
     sequences = [encode(e, template="plain", tokenizer=tokenizer, towers=model.inputs, max_len=seq)
