@@ -1,4 +1,4 @@
-"""`mllm-jax generate`: what a model answers to one prompt with images."""
+"""`mllm-jax generate`: what a model answers to one prompt with images or videos."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 from mllm_jax.commands import common
 
-HELP = """Answer a prompt about images.
+HELP = """Answer a prompt about images and videos.
 
 examples:
   mllm-jax generate runs/first-digits --image scene.png --prompt "what is the sum of the digits?"
   mllm-jax generate runs/first-digits --source digits_test --index 3
   mllm-jax generate llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "What differs?" --temperature 0.2
+  mllm-jax generate llava-onevision-qwen2-7b-ov-hf --video a.mp4 --prompt "What happens?"
   mllm-jax generate runs/resolution-m3 --image a.jpg --prompt "What is it?" --set "inputs.image.connector.windows=(4,)"
 """
 
@@ -22,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--prompt", metavar="TEXT", help="what the user says")
     asked.add_argument("--source", metavar="NAME", help="ask what a record of this data set asks, about its images")
     parser.add_argument("--index", type=int, default=0, metavar="N", help="of the record in --source (default: 0)")
-    parser.add_argument(
-        "--image", type=Path, action="append", default=[], metavar="FILE", help="stands before the prompt; once for each image")
+    for kind in ("image", "video"):
+        parser.add_argument(
+            f"--{kind}", dest="media", type=lambda file, kind=kind: (kind, Path(file)), action="append", default=[], metavar="FILE",
+            help=f"stands before the prompt; once for each {kind}")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--template", metavar="NAME", help="chat format (default: that of the run, or the tokenizer's own)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the answer is at most so long (default: 128)")
@@ -37,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for image in args.image:
-        if not image.is_file():
-            raise FileNotFoundError(2, "no such image", str(image))
+    for kind, file in args.media:
+        if not file.is_file():
+            raise FileNotFoundError(2, f"no such {kind}", str(file))
     running, layout = common.start(args)
     recipe, cfg, params, tokenizer = common.open_model(args.model, layout, args.changes)
 
@@ -48,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     if not hasattr(cfg, "decoder"):
         raise ConfigError(f"{args.model} is a {type(cfg).__name__} and does not write text; use `mllm-jax evaluate`")
-    if args.image and "image" not in cfg.inputs:
-        raise ConfigError(f"{args.model} takes no images; it has inputs for: {', '.join(cfg.inputs) or 'text alone'}")
+    takes = {*cfg.inputs, *(kind for tower in cfg.inputs.values() for kind in tower.also)}
+    if odd := {kind for kind, _ in args.media} - takes:
+        raise ConfigError(f"{args.model} takes no {odd.pop()}s; it has inputs for: {', '.join(sorted(takes - {'images'})) or 'text alone'}")
     example = from_source(args.source, args.index, args.data_root) if args.source else from_prompt(args)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
     template = args.template or common.text_of(recipe, cfg)[0]
@@ -63,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def from_prompt(args: argparse.Namespace) -> Any:
-    """The example of a conversation that begins with these images and this text."""
+    """The example of a conversation that begins with these media and this text."""
     from mllm_jax.types import Blob, Example, Part, Turn
 
-    asked = (*(Part(kind="image", media=i) for i in range(len(args.image))), Part(text=args.prompt))
+    asked = (*(Part(kind=kind, media=i) for i, (kind, _) in enumerate(args.media)), Part(text=args.prompt))
     system = (Turn(role="system", parts=(Part(text=args.system),)),) if args.system else ()
-    media = tuple(Blob(kind="image", data=image.read_bytes()) for image in args.image)
+    media = tuple(Blob(kind=kind, data=file.read_bytes()) for kind, file in args.media)
     return Example(id="prompt", turns=(*system, Turn(role="user", parts=asked)), media=media)
 
 

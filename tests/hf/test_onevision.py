@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_jax.cli import main
 from mllm_jax.config import ConfigError
 from mllm_jax.data.layouts import AnyRes, Pooled
 from mllm_jax.data.templates import Template
@@ -129,6 +130,17 @@ def test_states_logits_loss_and_gradients(case, torch):
 
 def test_greedy_answers_of_32_tokens(case):
     whole.check_greedy(case)
+
+
+def test_a_question_about_a_video_on_the_command_line(case, tmp_path, capsys):
+    (tmp_path / "film.mp4").write_bytes(VIDEO.data)
+    (tmp_path / "half.mp4").write_bytes(VIDEO.data[:300])
+    argv = ["generate", str(case.folder), "--prompt", "which?", "--template", "plain", "--max-new-tokens", "4", "--video"]
+    assert main([*argv, str(tmp_path / "film.mp4")]) == 0 and capsys.readouterr().err == ""
+    assert main([*argv, str(tmp_path / "half.mp4")]) == 1
+    line = capsys.readouterr().err
+    assert "(decode): the video cannot be read" in line and line.count("\n") == 1
+    assert main([*argv, str(tmp_path / "none.mp4")]) == 2 and "there is no file" in capsys.readouterr().err
 
 
 def test_the_view_of_each_kind(case):
