@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         name=args.recipe, out=out, layout=layout, overrides=tuple(args.overrides), tiny=args.tiny, data_root=args.data_root,
         stages=stages, fresh=args.fresh, save_every=args.save_every, verbose=args.verbose, stop=running.stop))
     if running.process == 0:
-        for file, what in {"report.html": "report", "metrics.json": "metrics", "export": "Hugging Face folder"}.items():
+        for file, what in {"report.html": "report", "metrics.json": "metrics", "export": "Hugging Face folder",
+                           "adapter": "PEFT adapter"}.items():
             if (out / file).exists():
                 print(f"{what}: {out / file}")
     return 0

@@ -25,7 +25,8 @@ from mllm_jax.train.adapters import model_of, plain
 from mllm_jax.train.checkpoint import versions
 
 # What a run writes into its folder, and forgets when it begins anew; whatever else is there is not its own.
-WRITTEN = ("recipe.json", "tokenizer", "tokenizer.partial", "stages", "evals", "samples.jsonl", "metrics.json", "report.html", "export")
+WRITTEN = ("recipe.json", "tokenizer", "tokenizer.partial", "stages", "evals", "samples.jsonl", "metrics.json", "report.html", "export",
+           "adapter")
 
 
 @config

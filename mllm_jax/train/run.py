@@ -24,9 +24,11 @@ from mllm_jax.evaluation.tasks import Answers, Task
 from mllm_jax.hf.export import export
 from mllm_jax.hf.family import CannotExpress
 from mllm_jax.hosts import gather
+from mllm_jax.nn.lora import LoRA
 from mllm_jax.nn.param import Params
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
+from mllm_jax.train.adapters import save_adapters
 from mllm_jax.train.checkpoint import read_params
 from mllm_jax.train.folder import Run, RunOptions, finished, prepare
 from mllm_jax.train.log import Log, duration
@@ -76,13 +78,19 @@ def restore_params(folder: Path, layout: Layout | None = None) -> tuple[Recipe, 
     recipe = recipe.tiny() if facts["tiny"] else recipe
     for assignment in facts["overrides"]:
         recipe = override(recipe, assignment)
-    done = [name for name in recipe.stages if any((folder / "stages" / name / "checkpoints").glob("[0-9]*"))]
-    if not done:
-        raise ConfigError(f"{folder} holds no checkpoint yet; train it first")
+    name = last_stage(folder, recipe)
     options = RunOptions(name=facts["name"], out=folder, layout=layout or Layout())
     mesh = options.layout.make_mesh()
     run = Run(recipe=recipe, options=options, mesh=mesh, tokenizer=load_tokenizer(str(folder / "tokenizer")))
-    return recipe, run.model_of(done[-1]), _trained(run, done[-1]), run.tokenizer
+    return recipe, run.model_of(name), _trained(run, name), run.tokenizer
+
+
+def last_stage(folder: Path, recipe: Recipe) -> str:
+    """The last stage of a run that has a checkpoint; raises ConfigError if there is none."""
+    done = [name for name in recipe.stages if any((folder / "stages" / name / "checkpoints").glob("[0-9]*"))]
+    if not done:
+        raise ConfigError(f"{folder} holds no checkpoint yet; train it first")
+    return done[-1]
 
 
 def _stage(run: Run, name: str) -> dict[str, Any]:
@@ -154,7 +162,10 @@ def _samples(run: Run, stage: str) -> None:
 
 
 def _export(run: Run, stage: str, params: Params) -> None:
-    """export/; a model that no class of transformers is like has none, which is no reason to fail a run that is done."""
+    """export/, and adapter/ where the stage had adapters.
+
+    A model that no class of transformers is like has neither, which is no reason to fail a run that is done.
+    """
     model, data = run.model_of(stage), run.recipe.stages[stage].data
     folder = run.folder / "export"
     if jax.process_index() == 0 and folder.exists():
@@ -165,6 +176,13 @@ def _export(run: Run, stage: str, params: Params) -> None:
     except CannotExpress as error:
         if jax.process_index() == 0:
             print(f"no Hugging Face folder: {error}; the run itself can be evaluated, and generated from", flush=True)
+        return
+    if isinstance(model, LoRA):
+        try:
+            save_adapters(run.recipe, stage, params, run.folder / "adapter")
+        except ConfigError as error:
+            if jax.process_index() == 0:
+                print(f"no PEFT adapter: {error}", flush=True)
 
 
 def _earlier_seconds(out: Path) -> float:

@@ -10,12 +10,16 @@ from flax import nnx
 from PIL import Image
 
 from mllm_jax.cli import main
+from mllm_jax.commands import common
 from mllm_jax.commands.evaluate import lines, make_task
-from mllm_jax.config import ConfigError, load
+from mllm_jax.config import ConfigError, load, override
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.evaluation.tasks import Answers
 from mllm_jax.hf.export import export
+from mllm_jax.hf.load import load as load_folder
 from mllm_jax.nn.param import split
+from mllm_jax.train import run
+from mllm_jax.train.adapters import model_of
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,24 @@ def test_import_and_export_come_back_to_the_same_bytes(folder, tmp_path, capsys)
     for file in folder.glob("*.safetensors"):
         assert (tmp_path / "theirs" / file.name).read_bytes() == file.read_bytes()
     assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+
+
+def test_adapters_are_written_apart_from_their_base(tmp_path, capsys, monkeypatch):
+    recipe = override(load("projector/llava_15").tiny(), "stages.instruct.lora.rank=2")
+    cfg = model_of(recipe, "instruct")
+    params = jax.jit(lambda: split(cfg.build(rngs=nnx.Rngs(0)))[1])()
+    monkeypatch.setattr(common, "is_run", lambda folder: True)
+    monkeypatch.setattr(common, "open_model", lambda source, layout: (recipe, cfg, params, load_tokenizer("bytes")))
+    monkeypatch.setattr(run, "last_stage", lambda folder, recipe: "instruct")
+    code, out, _ = command(capsys, "export", "run", tmp_path / "adapter", "--adapter")
+    assert code == 0 and out.endswith("its base: mllm-jax export run BASE --base\n")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert command(capsys, "export", "run", tmp_path / "base", "--base")[0] == 0
+    base = load_folder(tmp_path / "base")[1]
+    assert base.keys() == {k for k in params if "/lora/" not in k} and all(np.array_equal(params[k], x) for k, x in base.items())
+    monkeypatch.setattr(common, "is_run", lambda folder: False)
+    code, _, err = command(capsys, "export", tmp_path / "base", tmp_path / "again", "--adapter")
+    assert code == 2 and "--adapter and --base are for runs" in err
 
 
 def test_a_task_is_made_of_its_fields():
