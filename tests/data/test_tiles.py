@@ -44,12 +44,14 @@ def pairs(s: int = 32):
             "got_ocr2", "got_ocr2", "GotOcr2ImageProcessorPil", size=square, crop_to_patches=True, min_patches=1, max_patches=12)),
         "idefics3": (SplitTiles(size=s, longest=4 * s), processor(
             "idefics3", "idefics3", "Idefics3ImageProcessorPil", size={"longest_edge": 4 * s}, max_image_size={"longest_edge": s})),
-        "smolvlm": (SplitTiles(size=s, longest=s), processor(
+        "smolvlm": (SplitTiles(size=s, longest=4 * s), processor(
+            "smolvlm", "smolvlm", "SmolVLMImageProcessorPil", size={"longest_edge": 4 * s}, max_image_size={"longest_edge": s})),
+        "smolvlm of one tile": (SplitTiles(size=s, longest=s), processor(
             "smolvlm", "smolvlm", "SmolVLMImageProcessorPil", size={"longest_edge": s}, max_image_size={"longest_edge": s})),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["next", "onevision", "internvl", "idefics3", "smolvlm"])
+@pytest.mark.parametrize("name", ["next", "onevision", "internvl", "idefics3", "smolvlm", "smolvlm of one tile"])
 def test_exact_pixels_equal_those_of_transformers(name):
     view, processor = pairs()[name]
     for height, width in SIZES:
