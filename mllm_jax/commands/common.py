@@ -114,6 +114,6 @@ def text_of(recipe: Any, cfg: Any) -> tuple[str, int | None]:
     """
     writes = hasattr(cfg, "decoder")
     if recipe is None:
-        return ("tokenizer", None) if writes else ("clip" if cfg.text.causal else "siglip", cfg.text.positions)
+        return ("tokenizer", None) if writes else ("clip" if getattr(cfg.text, "causal", True) else "siglip", cfg.text.positions)
     alike = [s.data for s in recipe.stages.values() if hasattr(s.model or recipe.model, "decoder") == writes]
     return alike[-1].template, None if writes else alike[-1].seq_len

@@ -108,11 +108,12 @@ def _add_stage(parser: argparse.ArgumentParser) -> None:
 def _stage(args: argparse.Namespace) -> tuple[str, Any, Any, Any]:
     """(name, stage, towers, tokenizer) that the arguments mean."""
     from mllm_jax.config import ConfigError, nearest
-    from mllm_jax.data.vocabulary import recipe_tokenizer
+    from mllm_jax.data.vocabulary import recipe_tokenizer, stage_tokenizer
 
     recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
     name = args.stage or list(recipe.stages)[-1]
     if name not in recipe.stages:
         raise ConfigError(f"{args.recipe} has no stage {name!r}; nearest: {nearest(name, recipe.stages)}")
     stage = recipe.stages[name]
-    return name, stage, (stage.model or recipe.model).inputs, recipe_tokenizer(recipe, args.data_root)
+    model = stage.model or recipe.model
+    return name, stage, model.inputs, stage_tokenizer(model, recipe_tokenizer(recipe, args.data_root))

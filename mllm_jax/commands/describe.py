@@ -175,7 +175,8 @@ def batch_of(p: Planned) -> Any:
             mix=jax.ShapeDtypeStruct((b, s, 4), jnp.float32) if room.taps else None,
             text=i32(b, room.items, room.text) if room.text else None)
     return Batch(tokens=i32(b, s), targets=i32(b, s), weights=jax.ShapeDtypeStruct((b, s), jnp.float32), segments=i32(b, s),
-                 positions=i32(b, s, 3), kinds=i32(b, s), blocks=i32(b, s) if p.spec.blocks else None, media=media)
+                 positions=i32(b, s, 3), kinds=i32(b, s), blocks=i32(b, s) if p.spec.blocks else None, media=media,
+                 draws=jax.ShapeDtypeStruct((b,), jnp.uint32))
 
 
 def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
@@ -183,7 +184,7 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
     import jax
 
     from mllm_jax.nn.param import merge
-    from mllm_jax.objectives import Auxiliary
+    from mllm_jax.objectives import Auxiliary, Matching
     from mllm_jax.sharding import Layout, use
 
     stage, batch = p.stage, batch_of(p)
@@ -198,7 +199,8 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
         example = "; of a picture of 640x480" if tower.view.packed or tiles and cut.frames == 1 else ""
         what = f"{brief(tower.view)}: {tiles}{grid}{example}"
         yield "", f"view of {label}", f"u8[{cut.tiles * t * rows * columns} {tower.encoder.patch_dim}]", what
-    yield "", "encode", f"i32[up to {p.seq}]", f"template {stage.data.template}, tokenizer {recipe.tokenizer}" + "".join(
+    tokenizer = getattr(p.model, "tokenizer", recipe.tokenizer)
+    yield "", "encode", f"i32[up to {p.seq}]", f"template {stage.data.template}, tokenizer {tokenizer}" + "".join(
         f"; {n} token{'s' * (n > 1)} for each {m}" for m, n in p.tokens.items() if n)
     room = ", ".join(room_of(n, m, p.towers[m]) for m, n in p.items.items())
     packs = "several examples a row" if stage.data.pack else "one example a row"
@@ -214,12 +216,13 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
             yield where, "embed", shape(x), f"{p.model.decoder.vocab} tokens; the places of media hold any id"
             where = ""
         for m, tower in p.towers.items():
-            if tower.route == "pool":
+            if tower.connector is None:
                 vector = trace(lambda model, batch, m=m: model.inputs[m].embed(batch.media[m]))
                 yield where, tower_name(tower), shape(vector), f"{tower.encoder.depth} layers, pooled by {tower.encoder.pool}"
             else:
                 f = trace(lambda model, batch, m=m: model.inputs[m].encoder(batch.media[m])).tokens
                 yield where, tower_name(tower), shape(f), f"{tower.encoder.run_depth} of {tower.encoder.depth} layers run"
+            if tower.connector is not None and tower.route != "pool":
                 f = trace(lambda model, batch, m=m: model.inputs[m](batch.media[m])).tokens
                 to = "connector" + ("" if tower.route == "memory" else ", to the width of the decoder")
                 yield "", type(tower.connector).__name__.removesuffix("Config"), shape(f), to
@@ -231,6 +234,14 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
             if "memory" in routes:
                 yield "", "memory", "", reading(p.model.decoder, routes["memory"])
             yield "", "decoder", shape(out.hidden), sight(p.model)
+        elif out.pairs is not None:
+            former, pairs = p.model.tower.connector, out.pairs.logits.shape[1]
+            n, layers = former.queries, f"{former.depth} layers"
+            first = f"{layers}; {n} queries, the text alone, the text behind the queries"
+            yield "", "first pass", f"f[{p.rows} {n + 2 * p.seq} {former.width}]", first
+            for m, e in out.embeds.items():
+                yield "", f"project {m}", shape(e), "unit vectors"
+            yield "", "second pass", f"f[{pairs * p.rows} {n + p.seq} {former.width}]", f"{layers}; {n} queries and a text: a true pair, two false"
         else:
             text = trace(lambda model, batch: model.text(model.text.embed(batch.tokens), batch)[0])
             yield "", "text tower", shape(text), f"{p.model.text.depth} layers; the vector is that of the last position"
@@ -239,6 +250,8 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
         for name, objective in stage.objectives.items():
             if isinstance(objective, Auxiliary):
                 what = f"{objective.name} of the layers that have one, in the mean, times {objective.weight:g}"
+            elif isinstance(objective, Matching):
+                what = f"{out.pairs.logits.shape[1]} pairs of each row, of which the first is true"
             elif objective.whole:
                 what = f"{p.rows} x {p.rows} similarities; every other row is a negative"
             else:

@@ -63,6 +63,11 @@ class QFormerConfig:
         return replace(self, tokens=16 + more, queries=4, width=32, depth=self.every, heads=2, mlp=64, words=self.words and self.words.tiny())
 
     @property
+    def former(self) -> "QFormerConfig":
+        """All but the last layer, which is the part that checkpoints have in common, whatever it leads into."""
+        return self
+
+    @property
     def cycle(self) -> tuple[bool, ...]:
         """Whether the queries read in layers that take turns."""
         return (True,) + (False,) * (self.every - 1)

@@ -207,6 +207,21 @@ DATASETS = {
     "the_cauldron": Dataset(
         format="parquet", path="the_cauldron", url="https://huggingface.co/datasets/HuggingFaceM4/the_cauldron", licence="those of its sources",
     ),
+    # Images with captions, as BLIP-2 draws from them.
+    "coco_captions": Dataset(format="webdataset", path="coco_captions/shards", records=566_747, url="https://cocodataset.org",
+                             licence="CC-BY-4.0; the images are their owners'"),
+    "visual_genome": Dataset(format="webdataset", path="visual_genome/shards", records=821_774,
+                             url="https://homes.cs.washington.edu/~ranjay/visualgenome", licence="CC-BY-4.0"),
+    "cc3m": Dataset(format="webdataset", path="cc3m/shards", records=3_318_333, url="https://ai.google.com/research/ConceptualCaptions",
+                    licence="free to use; the images are their owners'"),
+    "cc12m": Dataset(format="webdataset", path="cc12m/shards", records=12_423_374,
+                     url="https://github.com/google-research-datasets/conceptual-12m", licence="free to use; the images are their owners'"),
+    "sbu": Dataset(format="webdataset", path="sbu/shards", records=860_000, url="https://www.cs.rice.edu/~vo9/sbucaptions",
+                   licence="the images are their owners'"),
+    "laion_115m": Dataset(format="webdataset", path="laion_115m/shards", records=115_000_000,
+                          url="https://github.com/salesforce/BLIP#pre-training-datasets-download", licence="that of LAION-400M"),
+    "textcaps": Dataset(format="messages", path="textcaps/train.jsonl", records=109_765, url="https://textvqa.org/textcaps", licence="CC-BY-4.0"),
+    "ok_vqa": Dataset(format="messages", path="ok_vqa/train.jsonl", records=9_009, url="https://okvqa.allenai.org", licence="CC-BY-4.0, COCO"),
     # What the papers used and nobody else can have: named so that a recipe can say so.
     "wit_400m": Dataset(
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"

@@ -28,6 +28,12 @@ def recipe_tokenizer(recipe: Any, root: Path | None = None) -> Any:
     return load_tokenizer(recipe.tokenizer, texts(names, root), media=media, tokens=tokens)
 
 
+def stage_tokenizer(model: Any, tokenizer: Any) -> Any:
+    """What a stage's model reads: `tokenizer`, that of its recipe, unless its configuration names its own."""
+    own = getattr(model, "tokenizer", None)
+    return tokenizer if own is None else load_tokenizer(own, media=())
+
+
 def texts(names: Iterable[str], root: Path | None = None, limit: int = TEXTS) -> Iterator[str]:
     """What the first `limit` examples of each source say; records that cannot be read are left out."""
     for name in names:

@@ -22,6 +22,7 @@ from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode
 from mllm_jax.generate import batch_rows, bucket, host_rows, place
 from mllm_jax.hosts import local_rows
+from mllm_jax.models.bridge import BridgeConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.nn.param import merge, split
@@ -68,7 +69,7 @@ class Forward:
 class Embedder(Forward):
     """Unit vectors of images (or another modality) and texts."""
 
-    def __init__(self, model: DualEncoderConfig, *args: Any, modality: str = "image", seq_len: int | None = None):
+    def __init__(self, model: DualEncoderConfig | BridgeConfig, *args: Any, modality: str = "image", seq_len: int | None = None):
         super().__init__(model, *args)
         if not self.template.pairs:
             raise ConfigError(f"a dual encoder reads pairs, and the template {self.template.name!r} is of conversations; "
@@ -95,7 +96,7 @@ class Embedder(Forward):
         return np.concatenate(out)
 
     def media(self, examples: Sequence[Example]) -> np.ndarray:
-        """f32[b d] of the first medium of each example of this process's rows."""
+        """f32[b d], or f32[b n d], of the first medium of each example of this process's rows."""
         # The text goes unused; a pair must have one.
         return self._media(self._pairs([replace(e, captions=("-",), media=e.media[:1]) for e in examples], 1))
 

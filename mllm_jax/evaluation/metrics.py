@@ -81,11 +81,12 @@ def retrieval(images: np.ndarray, texts: np.ndarray, relevant: np.ndarray) -> di
     """Recall in both directions, {"image_to_text_r1", ..., "text_to_image_r10"}.
 
     Args:
-      images: unit vectors f[i d].
+      images: unit vectors f[i d]; where an image has several, f[i n d], that most like a text counts.
       texts: unit vectors f[t d]; an image may have several texts.
       relevant: bool[i t], whether text t is right for image i.
     """
-    scores = images.astype(np.float64) @ texts.astype(np.float64).T
+    several = images.astype(np.float64).reshape(len(images), -1, texts.shape[1])
+    scores = np.max(several @ texts.astype(np.float64).T, axis=1)
     out = {}
     for name, r in (("image_to_text", ranks(scores, relevant)), ("text_to_image", ranks(scores.T, relevant.T))):
         out |= {f"{name}_r{k}": v for k, v in recall(r).items()}

@@ -78,24 +78,37 @@ class Bridge(nnx.Module):
     def __call__(self, batch: Batch) -> Outputs:
         """Of rows of one image and its caption; without `batch.draws` no false pairs are made."""
         [modality] = self.inputs
-        features = self.inputs[modality].encoder(batch.media[modality])
-        return self.read(features.tokens[:, : self.cfg.tower.connector.tokens], batch)
+        return self.read(self.memory(modality, batch), batch)
+
+    def embed_media(self, modality: str, batch: Batch) -> jax.Array:
+        """Unit vectors f[b n d] of the queries; a text is as like an image as it is like the nearest of them."""
+        connector = self.inputs[modality].connector
+        return unit(connector.out(connector.former(self.memory(modality, batch))))
+
+    def embed_text(self, batch: Batch) -> jax.Array:
+        """Unit vectors f[b d]."""
+        [tower] = self.inputs.values()
+        return unit(self.text(tower.connector.former(None, alone(batch))[:, 0]))
+
+    def memory(self, modality: str, batch: Batch) -> jax.Array:
+        """f[b m d]: what the queries read, of the first image of each row."""
+        return self.inputs[modality].encoder(batch.media[modality]).tokens[:, : self.cfg.tower.connector.tokens]
 
     def read(self, memory: jax.Array, batch: Batch) -> Outputs:
         """f[b m d] of the images -> what the losses score."""
         [tower] = self.inputs.values()
         former, n, s = tower.connector.former, self.cfg.tower.connector.queries, batch.tokens.shape[1]
-        there, place = (batch.segments > 0).astype(jnp.int32), jnp.broadcast_to(jnp.arange(s), batch.tokens.shape)
-        alone = Text(tokens=batch.tokens, positions=batch.positions[..., 0], segments=2 * there, order=0 * place)
-        caption = replace(alone, tokens=jnp.where(place == 0, self.cfg.text.vocab - 1, alone.tokens), segments=there, order=1 + place)
-        y = former(memory, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), alone, caption))
-        image, text = unit(tower.connector.out(y[:, :n])), unit(self.text(y[:, n]))
+        text, place = alone(batch), jnp.broadcast_to(jnp.arange(s), batch.tokens.shape)
+        apart = replace(text, segments=2 * text.segments)
+        caption = replace(text, tokens=jnp.where(place == 0, self.cfg.text.vocab - 1, text.tokens), order=1 + place)
+        y = former(memory, jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), apart, caption))
+        image, words = unit(tower.connector.out(y[:, :n])), unit(self.text(y[:, n]))
         scale = jnp.ones(()) if self.temperature is None else 1 / self.temperature[...]
-        alike = jax.lax.stop_gradient(scale * jnp.max(jnp.einsum("bnd,cd->bcn", image, text), axis=-1))
+        alike = jax.lax.stop_gradient(scale * jnp.max(jnp.einsum("bnd,cd->bcn", image, words), axis=-1))
         table = former.embedding.table[...]
         hidden, unembed = (None, None) if self.caption is None else (self.caption(y[:, n + s :]), self.caption.unembed(table))
-        return Outputs(hidden=hidden, unembed=unembed, embeds={"image": image, "text": text}, scale=scale,
-                       pairs=self.pairs(memory, replace(alone, segments=there), alike, batch.draws))
+        return Outputs(hidden=hidden, unembed=unembed, embeds={"image": image, "text": words}, scale=scale,
+                       pairs=self.pairs(memory, text, alike, batch.draws))
 
     def pairs(self, memory: jax.Array, text: Text, alike: jax.Array, draws: jax.Array | None) -> Pairs:
         """Whether each image and text belong together; `alike` f[b b] of images (rows) and texts (columns)."""
@@ -132,6 +145,12 @@ class Captioner(nnx.Module):
     def unembed(self, table: jax.Array) -> jax.Array:
         """f[v d] -> f[d+1 v]."""
         return jnp.concatenate([table.T, self.bias[...][None]], axis=0)
+
+
+def alone(batch: Batch) -> Text:
+    """The captions of a batch, whose tokens all see one another."""
+    there = (batch.segments > 0).astype(jnp.int32)
+    return Text(tokens=batch.tokens, positions=batch.positions[..., 0], segments=there, order=0 * there)
 
 
 def draw(logits: jax.Array, draws: jax.Array, number: int) -> jax.Array:

@@ -27,12 +27,13 @@ from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.native import NativeViTConfig
 from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.models.bridge import BridgeConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.lora import LoRA
 from mllm_jax.nn.moe import MoEConfig
-from mllm_jax.train.flops_connectors import CONNECTORS
+from mllm_jax.train.flops_connectors import CONNECTORS, former
 from mllm_jax.train.matmul import Matmul, Product, Trains
 from mllm_jax.types import record
 
@@ -242,7 +243,31 @@ def _dual_encoder(cfg: DualEncoderConfig, counts: Counts, trains: Trains) -> Ite
     yield "similarity", False, [Matmul(path="", inputs=width, outputs=counts.rows, times=counts.rows)]
 
 
+def _bridge(cfg: BridgeConfig, counts: Counts, trains: Trains) -> Iterator[Product]:
+    """Two passes through the Q-Former: the caption twice behind the queries, and three pairs of an image and a text."""
+    [(modality, tower)] = cfg.inputs.items()
+    items, encoder, former_cfg, path = counts.items.get(modality, 0), tower.encoder, tower.connector, f"inputs/{modality}"
+    yield from PARTS[type(encoder)](encoder, f"{path}/encoder", items, encoder.run_depth, False, trains)
+    passes, n, w, tokens = trains(f"{path}/encoder"), former_cfg.queries, former_cfg.width, counts.tokens
+    common = {"passes": passes, "trains": trains}
+    causal = (counts.squares + tokens) / 2 + n * tokens
+    both = items * n**2 + counts.squares + 2 * n * tokens
+    yield from former(former_cfg, f"{path}/connector", encoder.width, items=items, text=2 * tokens,
+                      pairs=items * n**2 + counts.squares + causal, **common)
+    yield from former(former_cfg, f"{path}/connector", encoder.width, items=3 * items, text=3 * tokens, pairs=3 * both, **common)
+    after = passes or trains(f"{path}/connector")
+    heads = {f"{path}/connector/out": (w, cfg.dim, items * n), "text": (w, cfg.dim, counts.rows), "match": (w, 2, 3 * items * n)}
+    if cfg.captions:
+        heads |= {"caption/dense": (w, w, tokens)}
+        table = Matmul(path=f"{path}/connector/former/embedding/table", inputs=w, outputs=cfg.text.vocab, times=counts.trained)
+        yield "caption", after or trains("caption"), [table]
+    for part, (i, o, times) in heads.items():
+        yield part.removesuffix("/out").removesuffix("/dense"), after, [Matmul(path=f"{part}/kernel", inputs=i, outputs=o, times=times)]
+    yield "similarity", after, [Matmul(path="", inputs=cfg.dim, outputs=n * counts.rows, times=counts.rows)]
+
+
 PARTS: dict[type, Callable] = {
+    BridgeConfig: _bridge,
     MLLMConfig: _mllm,
     DualEncoderConfig: _dual_encoder,
     ViTConfig: _vit,

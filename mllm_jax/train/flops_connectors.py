@@ -14,6 +14,7 @@ from mllm_jax.connectors.glu import GLUConfig
 from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
+from mllm_jax.connectors.qformer import QFormerConfig
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
 from mllm_jax.connectors.shuffle import ShuffleConfig
 from mllm_jax.train.matmul import Matmul, Product, Trains
@@ -129,6 +130,37 @@ def _d_abstractor(cfg: DAbstractorConfig, path: str, d_in: int, d_out: int, toke
     yield from products(path, sizes | ({"out": (w, d_out, few)} if d_out != w else {}), passes, scores)
 
 
+def _qformer(cfg: QFormerConfig, path: str, d_in: int, d_out: int, tokens: float, passes: bool, trains: Trains) -> Iterator[Product]:
+    """The text of every item counts as if it were full."""
+    items, text = tokens / cfg.tokens, cfg.words.length if cfg.words else 0
+    pairs = items * (cfg.queries + text) ** 2
+    yield from former(cfg, path, d_in, items=items, text=items * text, pairs=pairs, passes=passes, trains=trains)
+    yield path, passes or trains(f"{path}/former"), [
+        Matmul(path=f"{path}/out/kernel", inputs=cfg.width, outputs=d_out, times=items * cfg.queries)]
+
+
+def former(
+    cfg: QFormerConfig, path: str, d_in: int, *, items: float, text: float, pairs: float, passes: bool, trains: Trains,
+) -> Iterator[Product]:
+    """A pass of the queries of all items and so many tokens of text, of which so many pairs see one another."""
+    w, queries, heads = cfg.width, items * cfg.queries, cfg.heads
+    for j, reads in enumerate(cfg.cycle):
+        layers = len(range(j, cfg.depth, len(cfg.cycle)))
+        at = lambda name, j=j: f"former/blocks/{j}/{name}"
+        sizes: Sizes = {at(f"attn/{x}"): (w, w, (queries + text) * layers) for x in "qkvo"}
+        sizes |= {at("mlp/up"): (w, cfg.mlp, queries * layers), at("mlp/down"): (cfg.mlp, w, queries * layers)}
+        if text:
+            sizes |= {at("text_mlp/up"): (w, cfg.mlp, text * layers), at("text_mlp/down"): (cfg.mlp, w, text * layers)}
+        if reads:
+            sizes |= {at("cross/q"): (w, w, queries * layers), at("cross/o"): (w, w, queries * layers)}
+        seen = (pairs + (items * cfg.queries * cfg.tokens if reads else 0)) * layers
+        # Queries and words are learned: what reads them passes gradients on.
+        yield from products(path, sizes, passes or trains(f"{path}/former"), ((2 * w / heads, heads, seen),))
+        if reads:                       # what is read carries a gradient where the encoder trains
+            yield path, passes, [Matmul(path=f"{path}/{at(f'cross/{x}')}/kernel", inputs=d_in, outputs=w, times=items * cfg.tokens * layers)
+                                 for x in "kv"]
+
+
 CONNECTORS: dict[type, Callable[[Any, str, int, int, float, bool, Trains], Iterator[Product]]] = {
     MLPConfig: _mlp,
     NestedConfig: _mlp,
@@ -142,4 +174,5 @@ CONNECTORS: dict[type, Callable[[Any, str, int, int, float, bool, Trains], Itera
     PerceiverConfig: _perceiver,
     ShuffleConfig: _shuffle,
     SincosResamplerConfig: _sincos,
+    QFormerConfig: _qformer,
 }

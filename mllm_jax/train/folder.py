@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError, compare, config, nearest, to_json
 from mllm_jax.data.tokenizer import load_tokenizer
-from mllm_jax.data.vocabulary import recipe_tokenizer
+from mllm_jax.data.vocabulary import recipe_tokenizer, stage_tokenizer
 from mllm_jax.hosts import together
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
@@ -64,6 +64,10 @@ class Run:
 
     def model_of(self, name: str) -> Any:
         return model_of(self.recipe, name)
+
+    def tokenizer_of(self, name: str) -> Any:
+        """That of the recipe, unless the model of the stage reads another vocabulary."""
+        return stage_tokenizer(self.model_of(name), self.tokenizer)
 
     def start_of(self, name: str) -> int:
         """Steps of a stage that are done and saved."""
@@ -149,10 +153,10 @@ def _tokenizer(recipe: Recipe, options: RunOptions) -> Any:
     tokenizer = recipe_tokenizer(recipe, options.data_root)
     for name, stage in recipe.stages.items():
         model = stage.model or recipe.model
-        room = getattr(model, "decoder", None) or model.text
-        if len(tokenizer) > room.vocab:
-            raise ConfigError(f"the tokenizer {recipe.tokenizer!r} has {len(tokenizer)} tokens; the model of stage {name} has room "
-                              f"for {room.vocab}: make its vocab at least as large")
+        room, read = getattr(model, "decoder", None) or model.text, stage_tokenizer(model, tokenizer)
+        if len(read) > room.vocab:
+            raise ConfigError(f"the tokenizer {getattr(model, 'tokenizer', recipe.tokenizer)!r} has {len(read)} tokens; the model of stage "
+                              f"{name} has room for {room.vocab}: make its vocab at least as large")
     return tokenizer
 
 

@@ -113,7 +113,7 @@ def make_loader(run: Run, name: str) -> Loader:
     """The stream of one stage, the part of this host."""
     stage = run.recipe.stages[name]
     share = sharding.host_share(run.mesh)
-    return Loader(stage.data, run.model_of(name).inputs, run.tokenizer, rows=stage.data.batch_size // share[1], shard=share,
+    return Loader(stage.data, run.model_of(name).inputs, run.tokenizer_of(name), rows=stage.data.batch_size // share[1], shard=share,
                   root=run.options.data_root, seed=stage.data.seed)
 
 

@@ -82,7 +82,7 @@ def restore_params(folder: Path, layout: Layout | None = None) -> tuple[Recipe, 
     options = RunOptions(name=facts["name"], out=folder, layout=layout or Layout())
     mesh = options.layout.make_mesh()
     run = Run(recipe=recipe, options=options, mesh=mesh, tokenizer=load_tokenizer(str(folder / "tokenizer")))
-    return recipe, run.model_of(name), _trained(run, name), run.tokenizer
+    return recipe, run.model_of(name), _trained(run, name), run.tokenizer_of(name)
 
 
 def last_stage(folder: Path, recipe: Recipe) -> str:
@@ -125,7 +125,7 @@ def _leave_if_asked(run: Run, name: str) -> None:
 def _evaluate(run: Run, stage: str, title: str, task: Task, params: Params) -> dict[str, Any]:
     data, model = run.recipe.stages[stage].data, run.model_of(stage)
     result = evaluate(
-        model, params, task, run.tokenizer, folder=run.folder / "evals" / stage / title, template=data.template,
+        model, params, task, run.tokenizer_of(stage), folder=run.folder / "evals" / stage / title, template=data.template,
         layout=run.options.layout, mesh=run.mesh, root=run.options.data_root, restart=True,
         seq_len=None if hasattr(model, "decoder") else data.seq_len)
     if jax.process_index() == 0:
@@ -170,9 +170,10 @@ def _export(run: Run, stage: str, params: Params) -> None:
     folder = run.folder / "export"
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
-    chat = chat_template(data.template, run.tokenizer) if hasattr(model, "decoder") else None
+    tokenizer = run.tokenizer_of(stage)
+    chat = chat_template(data.template, tokenizer) if hasattr(model, "decoder") else None
     try:
-        export(params, model, folder, tokenizer=run.tokenizer, chat_template=chat, seq_len=data.seq_len)
+        export(params, model, folder, tokenizer=tokenizer, chat_template=chat, seq_len=data.seq_len)
     except CannotExpress as error:
         if jax.process_index() == 0:
             print(f"no Hugging Face folder: {error}; the run itself can be evaluated, and generated from", flush=True)

@@ -19,7 +19,7 @@ from mllm_jax.hf.convert import convert_folder
 from mllm_jax.hf.export import export
 from mllm_jax.hf.families import describe
 from mllm_jax.hf.family import differences
-from mllm_jax.hf.load import load
+from mllm_jax.hf.load import load, load_subtree
 from mllm_jax.nn.param import merge
 from mllm_jax.objectives import NextToken
 from mllm_jax.types import Batch
@@ -249,6 +249,11 @@ def test_retrieval(torch, tmp_path):
     assert family.key == "blip-2-retrieval" and differences(again, cfg, family.free) == {}
     with torch.no_grad():
         assert torch.equal(reopened(torch, type(made.model), back)(**both).logits_per_image, cosines.logits_per_image)
+    # Where InstructBLIP starts from: the tower, and the Q-Former with its words.
+    image = cfg.inputs["image"]
+    for at, part in (("inputs/image/encoder/", image.encoder), ("inputs/image/connector/former/", image.connector.former)):
+        want = {k.removeprefix(at): v for k, v in params.items() if k.startswith(at)}
+        same(load_subtree(folder, part, {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in want.items()}), want)
     # A first stage that can write captions has more than transformers keeps.
     with pytest.raises(ConfigError, match="blip-2 has no place for|cannot express captions=True"):
         export(params, replace(cfg, captions=True), tmp_path / "no", tokenizer=tokenizer)

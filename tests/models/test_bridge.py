@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.config import ConfigError
+from mllm_jax import sharding
+from mllm_jax.config import ConfigError, load
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.qformer import QFormerConfig, Words
 from mllm_jax.data.views import Square
 from mllm_jax.encoders import vit
+from mllm_jax.evaluation.metrics import retrieval
 from mllm_jax.hf import blip2
 from mllm_jax.hf.family import Family, Part, linear, norm, row
 from mllm_jax.models import bridge
@@ -20,8 +22,10 @@ from mllm_jax.models.bridge import BridgeConfig
 from mllm_jax.models.tower import TowerConfig
 from mllm_jax.nn.param import merge, split
 from mllm_jax.objectives import InfoNCE, Matching, NextToken
-from mllm_jax.train.state import TrainState
-from mllm_jax.train.step import corrupt, make_step
+from mllm_jax.sharding import Layout
+from mllm_jax.train.feed import to_device
+from mllm_jax.train.state import Blueprint, TrainState
+from mllm_jax.train.step import corrupt, make_step, score, total_loss
 from mllm_jax.types import Batch
 from tests.golden import official
 from tests.synthetic import batch_for, randomized
@@ -36,7 +40,7 @@ def config(**former) -> BridgeConfig:
     return BridgeConfig(inputs={"image": TowerConfig(view=Square(size=32), encoder=encoder, connector=connector, route="pool")}, dim=8)
 
 
-TINY = config(tokens=17, queries=3, width=16, depth=2, heads=2, mlp=24, words=Words(vocab=41, positions=16))
+TINY = config(tokens=17, queries=3, width=16, depth=2, heads=2, mlp=24, words=Words(vocab=41, positions=16, length=16))
 
 
 def theirs(name: str) -> str:
@@ -148,6 +152,18 @@ def test_without_random_bits_only_the_true_pair_is_asked_for(made):
     np.testing.assert_allclose(plain.pairs.logits[:, 0], drawn.pairs.logits[:, 0], atol=1e-6)
 
 
+def test_an_image_and_a_text_alone_are_what_they_are_in_a_pair(made):
+    graph, params, run = made
+    rows = batch(4)
+    image, text = jax.jit(lambda p: (merge(graph, p).embed_media("image", rows), merge(graph, p).embed_text(rows)))(params)
+    embeds = run(params, rows).embeds
+    np.testing.assert_allclose(image, embeds["image"], atol=CLOSE)
+    np.testing.assert_allclose(text, embeds["text"], atol=CLOSE)
+    # The nearest of the queries counts: a caption is found by any of them.
+    found = retrieval(np.stack([np.eye(4)[[0, 1]], np.eye(4)[[2, 3]]]), np.eye(4)[[1, 2]], np.eye(2, dtype=bool))
+    assert found["image_to_text_r1"] == found["text_to_image_r1"] == 1.0
+
+
 def test_microbatches_change_neither_contrast_nor_captions(made):
     import optax
 
@@ -168,3 +184,28 @@ def test_a_bridge_needs_a_q_former_that_knows_words():
     for connector in (replace(image.connector, words=None), MLPConfig(depth=1)):
         with pytest.raises(ConfigError, match=f"trains one Q-Former that knows words.*connected by {type(connector).__name__}"):
             replace(TINY, inputs={"image": replace(image, connector=connector)}).build(rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("name", "stage"), [("resampler/blip2", "represent"), ("resampler/instructblip", "instruct")])
+def test_eight_devices_compute_what_one_does(name, stage):
+    """With false pairs from other devices, and text beside the media of each."""
+    recipe = load(name).tiny()
+    chosen, found = recipe.stages[stage], []
+    for mesh in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        layout = Layout(mesh=mesh)
+        devices = layout.make_mesh(jax.devices()[: int(np.prod(list(mesh.values())))])
+        with sharding.use(layout, devices):
+            blueprint = Blueprint(chosen.model or recipe.model, layout, devices)
+            params = {k: jax.device_put(v, blueprint.shapes[k].sharding) for k, v in randomized(blueprint.init(0)).items()}
+            rows = to_device(replace(batch_for(blueprint.cfg, rows=8), draws=np.arange(8, dtype=np.uint32)), devices)
+
+            def loss(params, rows, graph=blueprint.graph):
+                scores = score(chosen.objectives, merge(graph, params)(rows), rows)
+                return total_loss(chosen.objectives, scores), scores
+
+            found.append(jax.tree.map(np.asarray, jax.jit(jax.grad(loss, has_aux=True))(params, rows)))
+    (want, one), (got, many) = found
+    for key, value in one.items():
+        assert float(value.value) == pytest.approx(float(many[key].value), rel=1e-5), key
+    for path, g in want.items():
+        np.testing.assert_allclose(got[path], g, atol=1e-5 * max(1, np.abs(g).max()), err_msg=path)

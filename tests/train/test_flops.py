@@ -12,6 +12,7 @@ from flax import nnx
 from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig
+from mllm_jax.connectors.qformer import QFormerConfig, Words
 from mllm_jax.connectors.resampler import PerceiverConfig
 from mllm_jax.data.native import Native
 from mllm_jax.data.views import Square
@@ -19,7 +20,8 @@ from mllm_jax.decoders.expert import ExpertLayer
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.encoders.native import NativeViTConfig
-from mllm_jax.encoders.vit import ViTConfig
+from mllm_jax.encoders.vit import EVA_G14_224, ViTConfig
+from mllm_jax.models.bridge import BridgeConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
 from mllm_jax.models.tower import TowerConfig
@@ -28,7 +30,7 @@ from mllm_jax.nn.lora import LoRA
 from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.nn.param import merge, split
 from mllm_jax.nn.position import Rope
-from mllm_jax.objectives import InfoNCE, NextToken
+from mllm_jax.objectives import InfoNCE, Matching, NextToken
 from mllm_jax.sharding import Layout, use
 from mllm_jax.train.flops import Counts, flops_by_part, step_flops
 from mllm_jax.types import Batch, Media
@@ -143,6 +145,30 @@ def test_packed_patches_by_hand():
     assert parts["inputs/image/connector"] == 2 * 5 * (192 * 192 + 192 * 64)
     near = work(replace(vit, window=2, full=(2,)))["inputs/image/encoder"]
     assert near == 2 * 20 * weights + 4 * 48 * (16**2 + 4**2 + 2 * 20 * 4)
+
+
+def test_the_count_of_a_bridge_is_about_that_of_the_traced_step():
+    """The program also looks at pairs of queries and text that do not see one another."""
+    encoder = replace(EVA_G14_224, width=48, depth=3, heads=3, mlp=96, patch=8, grid=4)
+    former = QFormerConfig(tokens=17, queries=8, width=128, depth=4, heads=2, mlp=256, words=Words(vocab=100))
+    tower = TowerConfig(view=Square(size=32), encoder=encoder, connector=former, route="pool")
+    model = BridgeConfig(inputs={"image": tower}, dim=24)
+    rows, made = replace(batch(VIT.patch_dim), draws=np.zeros(ROWS, np.uint32)), {}
+
+    def build():
+        made["graph"], params = split(model.build(rngs=nnx.Rngs(0)))
+        return params
+
+    def loss(trained, frozen):
+        out = merge(made["graph"], trained | frozen)(rows)
+        return sum(o.score(out, rows)["loss"].value for o in (InfoNCE(), Matching(), NextToken()))
+
+    params = jax.eval_shape(build)
+    for glob in ("*", "inputs/image/connector/*"):
+        trained = {k: v for k, v in params.items() if fnmatch(k, glob)}
+        with use(Layout()):
+            step = jax.make_jaxpr(jax.grad(loss))(trained, {k: v for k, v in params.items() if k not in trained})
+        assert step_flops(model, trained, FULL) == pytest.approx(matmul_flops(step.jaxpr), rel=0.05)
 
 
 def test_xla_agrees_where_matmuls_dominate():

@@ -12,6 +12,7 @@ from mllm_jax.connectors.glu import GLUConfig
 from mllm_jax.connectors.merge import MergeConfig
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.pool import NestedConfig, PoolConfig
+from mllm_jax.connectors.qformer import QFormerConfig, Words
 from mllm_jax.connectors.resampler import PerceiverConfig, SincosResamplerConfig
 from mllm_jax.connectors.shuffle import ShuffleConfig
 from mllm_jax.nn.param import LayerNorm, merge, split
@@ -30,6 +31,7 @@ CASES = [
     (PerceiverConfig(grid=16), 1024, 1024), (PerceiverConfig(grid=16, frames=2), 1024, 4096),
     (SincosResamplerConfig(grid=32, to=16, width=4096, heads=32), 1664, 4096),
     (SincosResamplerConfig(grid=16, to=8, width=1024, heads=8), 1024, 4096),
+    (QFormerConfig(tokens=256), 1408, 2560), (QFormerConfig(tokens=256, words=Words()), 1408, 4096),
     (GLUConfig(hidden=11_008), 1792, 4096),
 ]
 
@@ -49,7 +51,8 @@ def test_the_count_is_that_of_the_traced_connector(cfg, d_in, d_out, trained, be
     x = jax.ShapeDtypeStruct((1, n, d_in), jnp.float32)
 
     def loss(params, x):
-        return jnp.sum(merge(made["graph"], params)(Features(tokens=x, mask=jnp.ones((1, n), bool))).tokens)
+        text = jnp.zeros((1, 2, cfg.words.length), jnp.int32) if getattr(cfg, "words", None) else None
+        return jnp.sum(merge(made["graph"], params)(Features(tokens=x, mask=jnp.ones((1, n), bool), text=text)).tokens)
 
     wanted = (*([0] if trained else []), *([1] if below else []))
     program = jax.grad(loss, wanted) if wanted else loss
