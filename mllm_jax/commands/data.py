@@ -22,17 +22,20 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
 
-    preview = actions.add_parser("preview", help="render a packed batch as a page: media, trained text, segments, slots")
+    def action(name: str, does: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.", allow_abbrev=False)
+
+    preview = action("preview", "render a packed batch as a page: media, trained text, segments, slots")
     _add_stage(preview)
     preview.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the batch (default: 4)")
     preview.add_argument("--skip", type=int, default=0, metavar="N", help="batches to pass over first")
     preview.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default: preview.html)")
 
-    stats = actions.add_parser("stats", help="histograms for each source; a row length and room for media that fit")
+    stats = action("stats", "print histograms for each source, and a row length and room for media that fit")
     _add_stage(stats)
     stats.add_argument("--limit", type=int, default=1000, metavar="N", help="examples of each source (default: 1000)")
 
-    convert = actions.add_parser("convert", help="write a source as ArrayRecord files with its media inside")
+    convert = action("convert", "write a source as ArrayRecord files with its media inside")
     convert.add_argument("source", metavar="SOURCE", help="a data set's name, or format:path?key=value")
     convert.add_argument("--out", type=Path, required=True, help="the file to write, NAME.array_record")
     convert.add_argument("--shards", type=int, default=1, metavar="N", help="files to spread the records over (default: 1)")

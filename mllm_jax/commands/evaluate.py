@@ -93,10 +93,14 @@ def make_task(kind: type, assignments: list[str]) -> Any:
 
 
 def lines(result: Mapping[str, Any], indent: str = "  ") -> list[str]:
-    """Numbers of a result, nested ones indented; long tables stay in the file."""
+    """Numbers of a result, nested ones indented, a mean with its interval; long tables stay in the file."""
     out = []
     for name, value in result.items():
-        if isinstance(value, Mapping) and name != "confusion":
+        if name == "by_kind" and "kinds" in result:             # the same means, without intervals
+            continue
+        if isinstance(value, Mapping) and value.keys() == {"mean", "low", "high", "n"}:
+            out.append(f"{indent}{name:<20} {value['mean']:.4f}   {value['low']:.4f} to {value['high']:.4f}, n={value['n']}")
+        elif isinstance(value, Mapping) and name != "confusion":
             out += [f"{indent}{name}", *lines(value, indent + "  ")]
         elif isinstance(value, float):
             out.append(f"{indent}{name:<20} {value:.4f}")

@@ -156,7 +156,10 @@ def mixed(measured: list[Measured]) -> list[Sequence]:
 
 
 def histogram(title: str, values: list[int], *, whole: bool = False) -> Iterator[str]:
-    """Lines with bars: one for each value if `whole`, otherwise ten ranges between the extremes."""
+    """Lines with bars: one for each value if `whole`, otherwise at most ten ranges between the extremes.
+
+    Ranges are equally wide, or where the values differ by more than a factor of ten, each wider by the same factor.
+    """
     values = np.asarray(values)
     low, middle, high, most = (int(np.quantile(values, q, method="nearest")) for q in (0, 0.5, 0.95, 1))
     yield f"  {title}: {low} to {most}, median {middle}, 95 % up to {high}"
@@ -166,9 +169,10 @@ def histogram(title: str, values: list[int], *, whole: bool = False) -> Iterator
         edges = np.arange(low, most + 2)
         labels = [str(edge) for edge in edges[:-1]]
     else:
-        spread = np.geomspace if low > 0 else np.linspace
-        edges = np.unique(np.round(spread(low, most + 1, 11)).astype(int))
-        labels = [f"{a}-{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        wide = -(-(most + 1 - low) // 10)
+        even = np.append(np.arange(low, most + 1, wide), most + 1)
+        edges = np.unique(np.round(np.geomspace(low, most + 1, 11)).astype(int)) if 0 < 10 * low < most else even
+        labels = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
     counts, _ = np.histogram(values, edges)
     for label, count in zip(labels, counts, strict=True):
         bar = "#" * max(int(count > 0), round(_WIDTH * count / counts.max()))

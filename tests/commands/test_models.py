@@ -112,5 +112,7 @@ def test_a_task_is_made_of_its_fields():
 
 
 def test_results_are_lines():
+    assert lines({"by_kind": {"sum": 1.0}, "kinds": {"sum": {"mean": 1.0, "low": 0.5, "high": 1.0, "n": 4}}}) == [
+        "  kinds", "    sum                  1.0000   0.5000 to 1.0000, n=4"]
     assert lines({"a": 0.5, "by_kind": {"sum": 1.0}, "n": 3, "confusion": {"1": {"2": 3}}}) == [
         "  a                    0.5000", "  by_kind", "    sum                  1.0000", "  n                    3"]
