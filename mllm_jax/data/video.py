@@ -84,6 +84,7 @@ class Frames:
         with _open(io.BytesIO(data)) as (container, stream):
             wanted = self._wanted(*_length(stream))
             view, pixels = self._view(len(wanted)), []
+            # One frame at a time: hours of film at full size would not fit in memory.
             for image in _decode(container, stream, wanted, exact=exact):
                 image = Image.fromarray(change(np.asarray(image))) if change else image
                 size = image.height, image.width
@@ -91,6 +92,9 @@ class Frames:
                     pixels.append(view.bring(image, size, view.resized(stream.height, stream.width, patch), exact=exact))
                 else:
                     pixels.append(view.exactly(image) if exact else view.quickly(image, *size))
+        if len(pixels) < max(1, 0.9 * len(wanted)):
+            raise BadExample("", "decode", f"the video stops being readable after {len(pixels)} of {len(wanted)} frames")
+        pixels += pixels[-1:] * (len(wanted) - len(pixels))
         if self.packed:
             return view.cut(np.stack(pixels), patch)
         values, coords = cut(np.stack(pixels), patch)
@@ -164,16 +168,13 @@ def _length(stream: Any) -> tuple[int, float]:
     return total, float(rate)
 
 
-def _decode(container: Any, stream: Any, wanted: np.ndarray, *, exact: bool) -> list[Image.Image]:
-    """The frames of these numbers, which rise."""
+def _decode(container: Any, stream: Any, wanted: np.ndarray, *, exact: bool) -> Iterator[Image.Image]:
+    """The frames of these numbers, which rise, as far as the file goes."""
     stream.thread_type = "AUTO"
     try:
-        found = list(_counted(container, stream, wanted) if exact else _timed(container, stream, wanted))
+        yield from _counted(container, stream, wanted) if exact else _timed(container, stream, wanted)
     except av.error.EOFError:
-        found = []
-    if len(found) < max(1, 0.9 * len(wanted)):
-        raise BadExample("", "decode", f"the video stops being readable after {len(found)} of {len(wanted)} frames")
-    return found + found[-1:] * (len(wanted) - len(found))
+        return
 
 
 def _counted(container: Any, stream: Any, wanted: np.ndarray) -> Iterator[Image.Image]:

@@ -1,6 +1,7 @@
 """Videos: the frames that are wanted, through the tower of the images."""
 
 import io
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.data.batch import collate, decode_items
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.layouts import AnyRes, Pooled, Spans
+from mllm_jax.data.loader import Loader
 from mllm_jax.data.native import Native
 from mllm_jax.data.pack import pack, row_spec
 from mllm_jax.data.tiles import Tiles
@@ -25,6 +27,7 @@ from mllm_jax.data.video import Frames
 from mllm_jax.data.views import Square
 from mllm_jax.encoders.vit import ViTConfig
 from mllm_jax.models.tower import Also, TowerConfig
+from mllm_jax.recipe import Data
 from mllm_jax.types import Blob, Example, Grid, Part, Turn
 
 CLIPS = Path(os.environ.get("MLLM_JAX_REAL_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "webvid" / "videos"
@@ -264,6 +267,27 @@ def test_a_video_that_stops_early_is_a_bad_example():
         with pytest.raises(BadExample, match="stops being readable after . of 6 frames|cannot be read"):
             view(data[: len(data) // 2], 8, exact=exact)
     assert s.items[0].cut.frames == 6
+
+
+def test_a_video_that_breaks_behind_its_header_is_skipped_and_counted(tmp_path):
+    whole = clip(format="avi")
+    records = []
+    for i in range(4):
+        (tmp_path / f"{i}.avi").write_bytes(whole[: len(whole) // 2] if i == 2 else whole)
+        turns = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "yes"}]
+        records.append({"id": f"film{i}", "video": f"{i}.avi", "conversations": turns})
+    (tmp_path / "films.json").write_text(json.dumps(records))
+    data = Data(sources={"llava:films.json": 1.0}, batch_size=2, seq_len=64, items={"image": 12}, on_bad_example="skip")
+    with iter(Loader(data, {"image": TOWER}, TOKENIZER, rows=2, root=tmp_path)) as batches:
+        seen = [next(batches) for _ in range(4)]
+    ids = {id.rsplit("/", 1)[1] for rows in seen for row in rows.info.ids for id in row}
+    assert ids == {"film0", "film1", "film3"}
+    assert {reason for _, reason in seen[-1].info.dropped} == {"decode"} and sum(seen[-1].info.dropped.values()) >= 2
+    shown = seen[0].batch.media["image"]
+    assert numbers(shown.values[0, :6], 6) == [0, 19, 39, 59, 79, 99] and (shown.slot[0] >= 0).sum() == 2 * (6 * 4 + 1)
+    with iter(Loader(replace(data, on_bad_example="raise"), {"image": TOWER}, TOKENIZER, rows=2, root=tmp_path)) as batches:
+        with pytest.raises(BadExample, match="film2' is bad .decode.*(stops being readable after|cannot be read)"):
+            [next(batches) for _ in range(4)]
 
 
 def test_a_missing_file_and_a_kind_without_a_tower_say_so():
