@@ -1,6 +1,8 @@
-"""Which files a path means: one, those of a folder, or those of a pattern."""
+"""Which files a path means: one, those of a folder, or those of a pattern; and in which of them a record is."""
 
 from pathlib import Path
+
+import numpy as np
 
 
 def files(path: Path, suffix: str) -> list[Path]:
@@ -14,6 +16,14 @@ def files(path: Path, suffix: str) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{path} (no file *{suffix} there)")
     return found
+
+
+def locate(index: int, ends: np.ndarray, name: str) -> tuple[int, int]:
+    """(file, record in that file) of a record of all files together, of which file i ends before record ends[i]."""
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"record {index} of {ends[-1]} in {name}")
+    file = int(np.searchsorted(ends, index, side="right"))
+    return file, index - (int(ends[file - 1]) if file else 0)
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from mllm_jax.config import ConfigError, nearest
 from mllm_jax.data.adapters import parse
-from mllm_jax.data.sources.files import files
+from mllm_jax.data.sources.files import files, locate
 from mllm_jax.types import Example
 
 
@@ -67,10 +67,7 @@ class Parquet:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} in {self.name}")
-        place = int(np.searchsorted(self.ends, index, side="right"))
-        row = index - (int(self.ends[place - 1]) if place else 0)
+        place, row = locate(index, self.ends, self.name)
         raw = self._group(place).slice(row, 1).to_pylist()[0]
         raw = {self.rename.get(key, key): value for key, value in raw.items()}
         id = f"{self.name}/{index}" + (f"/{raw['id']}" if raw.get("id") is not None else "")

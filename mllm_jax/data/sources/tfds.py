@@ -14,6 +14,7 @@ import numpy as np
 
 from mllm_jax.config import ConfigError, nearest
 from mllm_jax.data.adapters import parse
+from mllm_jax.data.sources.files import locate
 from mllm_jax.data.sources.slices import cut_range
 from mllm_jax.types import Example
 
@@ -64,11 +65,9 @@ class Tfds:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} in {self.name}")
-        part = int(np.searchsorted(self.ends, index, side="right"))
+        part, place = locate(index, self.ends, self.name)
         split, rows, numbers = self.parts[part]
-        row = numbers[index - (int(self.ends[part - 1]) if part else 0)]
+        row = numbers[place]
         raw = {self.rename.get(key, key): value for key, value in _plain(rows[row], self.features).items()}
         if isinstance(raw.get("label"), str):
             raw.setdefault("answers", [raw.pop("label")])

@@ -16,7 +16,7 @@ import numpy as np
 from mllm_jax.config import ConfigError
 from mllm_jax.data.adapters import parse
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.sources.files import files
+from mllm_jax.data.sources.files import files, locate
 from mllm_jax.types import Example
 
 KINDS = {
@@ -53,11 +53,8 @@ class WebDataset:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.name}")
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+        shard, row = locate(index, self.ends, self.name)
         samples = self.samples[shard]
-        row = index - (int(self.ends[shard - 1]) if shard else 0)
         id = f"{self.name}/{self._shard_name(shard)}/{samples['keys'][row].decode()}"
         members = {}
         with open(self.shards[shard], "rb") as file:
