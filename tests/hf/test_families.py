@@ -77,6 +77,38 @@ def test_a_preset_is_the_published_model(name):
     assert differences(FAMILIES[model_type].config(hf, {}), preset) == {}
 
 
+QWEN_ROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+QWEN = {
+    "2-7b": ("qwen2_vl", {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "vocab_size": 152064, "tie_word_embeddings": False, **QWEN_ROPE,
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 3584, "patch_size": 14}}),
+    "2.5-3b": ("qwen2_5_vl", {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6, "vocab_size": 151936, "tie_word_embeddings": True, **QWEN_ROPE,
+        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "out_hidden_size": 2048,
+                          "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}}),
+    "3-4b": ("qwen3_vl", {
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+            "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 5000000,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}},
+        "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "deepstack_visual_indexes": [5, 11, 17],
+                          "num_position_embeddings": 2304, "out_hidden_size": 2560, "patch_size": 16}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_qwen_vl_is_the_published_model(size):
+    model_type, hf = QWEN[size]
+    model = recipe(f"resolution/qwen2_vl:model={size}").model
+    assert differences(FAMILIES[model_type].config(hf, {}), model, (r".*\bview(\..*)?",)) == {}
+    family = family_of(model)
+    assert family.model_type == model_type and len(family.links(model)) > 400
+    theirs = family.express(model, Ids(bos=1, eos=5, pad=0, image=7, video=8, length=64))
+    assert differences(family.config(*theirs), model, family.free) == {}
+
+
 @pytest.mark.parametrize("name", ["contrastive/clip", "contrastive/siglip", "projector/llava_15", "first/digits"])
 def test_a_recipe_has_a_place_on_the_hub(name):
     model = recipe(name).model

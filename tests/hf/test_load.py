@@ -72,6 +72,16 @@ def test_other_layouts(saved, tmp_path):
     same(load(rewritten(saved("qwen3").folder, tmp_path / "q", lambda k: k.removeprefix("model.")))[1], params)
 
 
+def test_a_decoder_with_positions_on_three_axes_starts_from_a_language_model(saved):
+    """On text the axes are the same; who asks for other rotations than that is told."""
+    cfg, params = load(saved("qwen2").folder)
+    grown = replace(cfg, rope=replace(cfg.rope, sections=(2, 1, 1)))
+    same(load_subtree(saved("qwen2").folder, grown, wanted(grown)), params)
+    other = replace(grown, rope=replace(grown.rope, theta=5.0))
+    with pytest.raises(ConfigError, match="rope.theta is 1000000.0 in the checkpoint and 5.0 in the model"):
+        load_subtree(saved("qwen2").folder, other, wanted(other))
+
+
 def test_an_encoder_may_leave_out_last_layers_that_nobody_runs(saved):
     folder = saved("siglip").folder
     cfg, params = load(folder)
