@@ -21,7 +21,8 @@ def model(side: int) -> MLLMConfig:
     """For images of so many patches a side."""
     image = TowerConfig(
         view=Square(size=14 * side), encoder=replace(vit.OPENCLIP_BIGG_14_448, grid=side),
-        connector=SincosResamplerConfig(grid=side, to=16, width=4096, heads=32), layout=Spans(before="<img>", after="</img>"))
+        connector=SincosResamplerConfig(grid=side, to=16, width=4096, heads=32),
+        layout=Spans(before="<img>", after="</img>", specials=("<img>", "</img>")))
     return MLLMConfig(inputs={"image": image}, decoder=llm.QWEN_7B)
 
 

@@ -20,6 +20,7 @@ from einops import rearrange
 from flax import nnx
 
 from mllm_jax.config import ConfigError, compare, config
+from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.nn.param import split
 
 LEAVES_OF_LORA = ("lora/a", "lora/b")
@@ -194,6 +195,8 @@ def _plain(node: Any) -> Any:
     """A configuration with defaults written the same way: None for as many key heads as heads, layers from the end."""
     if isinstance(node, Mapping):
         return {k: _plain(v) for k, v in node.items()}
+    if isinstance(node, NestedConfig) and node.windows[0] == 1:
+        node = node.origin              # all tokens stand in the row, and the sets behind them are for training
     fields = getattr(node, "__dataclass_fields__", None)
     if fields is None:
         return node

@@ -24,7 +24,9 @@ from tests.synthetic import randomized
 EXAMPLES = 10
 ROOMS = {                               # recipe -> positions and image tiles of a row
     "experts/cogvlm": (192, 3),         # kinds, marks, and patches that share a position
+    "projector/honeybee": (192, 3),     # convolutions over the patches of an item
     "projector/llava_15": (192, 3),
+    "projector/mobilevlm": (192, 3),
     "projector/paligemma": (192, 3),    # prefixes
     "projector/gemma3": (192, 3),       # spans and windows
     "projector/idefics3": (448, 15),    # tiles among text
@@ -33,6 +35,8 @@ ROOMS = {                               # recipe -> positions and image tiles of
     "experts/moe_llava": (192, 3),
     "resampler/flamingo": (192, 3),     # read beside the row
     "resampler/instructblip": (192, 3),             # and the text of each turn
+    "resampler/qwen_vl": (192, 3),      # queries
+    "resolution/m3": (192, 3),          # several sets of tokens of an item
 }
 
 
