@@ -141,9 +141,9 @@ class Decoder(nnx.Module):
             return None
         tied = self.head is None
         tables = (self.embedding.table, self.embedding.added) if tied else (self.head, self.head_added)
-        matrix = jnp.concatenate([x[...].T if tied else x[...] for x in tables if x is not None], axis=1)
-        # Gathered here, once, and not in every chunk of the loss.
-        return constrain(matrix, "embed_act vocab")
+        # Gathered here, once, and not in every chunk of the loss; and before they are joined, for their parts lie on other devices.
+        parts = [constrain(x[...].T if tied else x[...], "embed_act vocab") for x in tables if x is not None]
+        return parts[0] if len(parts) == 1 else constrain(jnp.concatenate(parts, axis=1), "embed_act vocab")
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32[b s] -> f[b s d]."""

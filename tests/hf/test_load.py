@@ -17,10 +17,12 @@ from mllm_jax.connectors.pool import NestedConfig
 from mllm_jax.decoders.layers import Layer
 from mllm_jax.hf.family import parameter_shapes
 from mllm_jax.hf.load import load, load_subtree
+from mllm_jax.nn.gated import Gated, open_flamingo
 from mllm_jax.nn.lora import LoRA
 from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.nn.param import axes_of
 from mllm_jax.sharding import Layout, sharding_of
+from tests.hf import ours
 
 
 def same(a: dict, b: dict) -> None:
@@ -339,3 +341,27 @@ def test_a_nested_projector_starts_from_the_one_it_grew_from(saved):
     assert want and all(np.array_equal(got[k], params[prefix + k]) for k in want)
     with pytest.raises(ConfigError, match="depth is 2 in the checkpoint and 3 in the model"):
         load_subtree(saved("llava-clip-llama").folder, replace(nested, depth=3), want)
+
+
+def test_a_grown_decoder_begins_as_the_language_model_that_it_grew_from(saved):
+    """Layers take turns where all were alike; tokens came later; what reads media is not in the checkpoint, and left out."""
+    folder = saved("llama").folder
+    plain, params = load(folder)
+    reads = Gated(width=8, block=replace(open_flamingo(plain.width), heads=2, head_dim=4))
+    grown = replace(plain, vocab=plain.vocab + 2, added=2, cycle=(Layer(), Layer(), Layer(reads=reads)))
+    want = wanted(grown)
+    got = load_subtree(folder, grown, want)
+    assert {k for k in want if k not in got} == {k for k in want if "/reads/" in k} != set()
+    for k, x in got.items():
+        if k.startswith("blocks/"):                             # layer i is the only one at place i
+            i = int(k.split("/")[1])
+            np.testing.assert_array_equal(x[0], params[f"blocks/0/{k.split('/', 2)[2]}"][i])
+    for new, old, axis in (("embedding/added", "embedding/table", 0), ("head_added", "head", 1)):
+        np.testing.assert_array_equal(got[old], params[old])
+        mean = np.mean(np.asarray(params[old]), axis, keepdims=True)
+        np.testing.assert_allclose(got[new], np.repeat(mean, 2, axis), atol=1e-6)
+    # So that, with gates closed, it says what the language model says.
+    graph, tokens = ours.graph_of(grown), np.arange(12)[None]
+    whole = got | {k: jnp.zeros(s.shape) for k, s in want.items() if k not in got}
+    run = lambda graph, params: (lambda m, b: m(m.embed(b.tokens), b)[0] @ m.unembed)(ours.merge(graph, params), ours.batch(tokens, [12]))
+    np.testing.assert_allclose(run(graph, whole)[..., : plain.vocab], run(ours.graph_of(plain), params), atol=1e-5)
