@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mllm_jax.evaluation import tasks
     from mllm_jax.evaluation.run import evaluate
+    from mllm_jax.train.log import counter
 
     given = None if args.task is None else {args.task: make_task(getattr(tasks, TASKS[args.task]), args.overrides)}
     recipe, cfg, params, tokenizer = common.open_model(args.model, layout, args.changes)
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     for name, task in chosen.items():
         result = evaluate(
             cfg, params, task, tokenizer, layout=layout, mesh=mesh, folder=out / name, root=args.data_root,
-            template=args.template or template, seq_len=seq_len, restart=args.restart)
+            template=args.template or template, seq_len=seq_len, restart=args.restart,
+            progress=counter(name))
         if running.process == 0:
             print(f"{name}: {out / name}")
             print("\n".join(lines({k: v for k, v in result.items() if k != "task"})))

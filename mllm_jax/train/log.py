@@ -209,6 +209,22 @@ class Bar:
             self.stream.flush()
 
 
+def counter(title: str, stream: TextIO | None = None) -> Callable[[str, int, int], None]:
+    """A function of (name of a pass, examples done, all) that counts on one line of a terminal and wipes it at the end.
+
+    Elsewhere it says nothing: an evaluation ends with its own lines.
+    """
+    stream = stream or sys.stderr
+
+    def count(name: str, done: int, total: int) -> None:
+        if stream.isatty() and jax.process_index() == 0:
+            what = "/".join(filter(None, (title, name)))
+            stream.write("\r\x1b[2K" + (f"{what:<12} {done}/{total}" if done < total else ""))
+            stream.flush()
+
+    return count
+
+
 def duration(seconds: float) -> str:
     """"45 s", "3:20" (minutes), "2:05:00"."""
     s = round(seconds)

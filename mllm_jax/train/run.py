@@ -31,7 +31,7 @@ from mllm_jax.sharding import Layout
 from mllm_jax.train.adapters import save_adapters
 from mllm_jax.train.checkpoint import read_params
 from mllm_jax.train.folder import Run, RunOptions, finished, prepare
-from mllm_jax.train.log import Log, duration
+from mllm_jax.train.log import Log, counter, duration
 from mllm_jax.train.loop import TrainingError, train_stage
 from mllm_jax.train.state import Blueprint
 
@@ -127,7 +127,7 @@ def _evaluate(run: Run, stage: str, title: str, task: Task, params: Params) -> d
     result = evaluate(
         model, params, task, run.tokenizer_of(stage), folder=run.folder / "evals" / stage / title, template=data.template,
         layout=run.options.layout, mesh=run.mesh, root=run.options.data_root, restart=True,
-        seq_len=None if hasattr(model, "decoder") else data.seq_len)
+        progress=counter(f"{stage}/{title}"), seq_len=None if hasattr(model, "decoder") else data.seq_len)
     if jax.process_index() == 0:
         numbers = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"} | result.get("baselines", {})
         print(f"{stage}/{title}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mllm_jax.train.log import Log, duration, to_numbers
+from mllm_jax.train.log import Log, counter, duration, to_numbers
 from mllm_jax.types import Mean
 
 
@@ -115,6 +115,15 @@ def test_a_terminal_sees_one_line_redrawn(tmp_path):
     assert out.getvalue().count("\n") == 1
     assert out.getvalue().count("\r") == 11             # "starting", and ten steps
     assert "left" in out.getvalue()
+
+
+def test_an_evaluation_is_counted_on_a_terminal_alone():
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        count = counter("answers", stream)
+        for done in (0, 2, 4):
+            count("blank", done, 4)
+    assert terminal.getvalue() == "\r\x1b[2Kanswers/blank 0/4\r\x1b[2Kanswers/blank 2/4\r\x1b[2K" and not file.getvalue()
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
