@@ -27,13 +27,14 @@ assert "jax" not in sys.modules
 runtime = start("cpu", cpu_devices=8)
 import jax
 print(json.dumps({"devices": jax.device_count(), "processes": runtime.processes, "omp": os.environ["OMP_NUM_THREADS"],
+                  "loops": "xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"],
                   "cache": jax.config.jax_compilation_cache_dir, "stop": runtime.stop.is_set()}))
 """
 
 
 def test_a_start_gives_devices_a_cache_and_one_process(tmp_path):
     got = python(START, XDG_CACHE_HOME=str(tmp_path), OMP_NUM_THREADS="3")
-    assert got == {"devices": 8, "processes": 1, "omp": "3", "cache": str(tmp_path / "mllm_jax" / "xla"), "stop": False}
+    assert got == {"devices": 8, "processes": 1, "omp": "3", "loops": True, "cache": str(tmp_path / "mllm_jax" / "xla"), "stop": False}
 
 
 def test_sigterm_is_noticed_and_not_fatal():

@@ -30,7 +30,7 @@ from mllm_jax.train.folder import RunOptions, prepare
 from mllm_jax.train.log import Log
 from mllm_jax.train.loop import TrainingError, train_stage
 from mllm_jax.train.state import Blueprint
-from tests.conftest import ROOT
+from tests.conftest import FAST, ROOT
 
 KILLS = 10
 STEPS = {"align": 60, "instruct": 120}
@@ -70,7 +70,7 @@ def command(folder: Path, out: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     # One device, and no new start of the process for large pages: a second of each would be for that.
-    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
+    return {**os.environ, "XLA_FLAGS": FAST, "PYTHONPATH": str(ROOT),
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mllm_jax.hosts import Lockstep
-from tests.conftest import ROOT
+from tests.conftest import FAST, ROOT
 
 STEPS = 90
 
@@ -33,7 +33,7 @@ def start(folder: Path) -> list[subprocess.Popen]:
                "--save-every", "10", f"{data}.sources={{'llava:talk.json': 1.0}}", f"{data}.template=plain", f"{data}.batch_size=4",
                f"{data}.seq_len=96", f"{data}.pack=False", f"{data}.items={{'image': 1}}", f"stages.align.steps={STEPS}"]
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {FAST}", "PYTHONPATH": str(ROOT),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [subprocess.Popen(command, cwd=folder, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True) for i in range(2)]
