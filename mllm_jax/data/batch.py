@@ -33,6 +33,7 @@ class BatchInfo:
     trained: int                                    # of them with a weight
     media: Mapping[str, int]                        # modality -> tiles, or patches where the layout is packed
     squares: int                                    # sum over examples of length^2: what causal attention costs
+    frames: Mapping[str, int] = field(default_factory=dict)                 # packed modality -> frames; an image is one
     pairs: Mapping[str, int] = field(default_factory=dict)                  # packed modality -> sum over frames of patches^2
     examples: Mapping[str, int] = field(default_factory=dict)               # source -> examples since the start
     dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)    # (source, reason) -> since the start
@@ -126,19 +127,19 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
 def describe(rows: list[Row]) -> BatchInfo:
     """What is in these rows; the counts since the start are the loader's to add."""
     lengths = [len(entry.sequence) for row in rows for entry in row.entries]
-    media: dict[str, int] = {}
-    pairs: dict[str, int] = {}
+    media, frames, pairs = {}, {}, {}
     for item in (place.item for row in rows for place in row.media):
-        media[item.modality] = media.get(item.modality, 0) + item.room
         time, *sides = item.cut.grid
-        if item.room == time * prod(sides):     # one tile; the packer of packed layouts has no others
-            pairs[item.modality] = pairs.get(item.modality, 0) + time * prod(sides) ** 2
+        packed = item.room == time * prod(sides)        # counted in patches
+        for counts, n in ((media, item.room), *(((frames, time), (pairs, time * prod(sides) ** 2)) if packed else ())):
+            counts[item.modality] = counts.get(item.modality, 0) + n
     return BatchInfo(
         ids=tuple(tuple(entry.sequence.id for entry in row.entries) for row in rows),
         tokens=sum(lengths),
         trained=sum(int(np.count_nonzero(row.weights)) for row in rows),
         media=media,
         squares=sum(n * n for n in lengths),
+        frames=frames,
         pairs=pairs,
     )
 

@@ -187,7 +187,7 @@ class _Totals:
         flops = step_flops(self.model_cfg, self.trained, Counts(
             rows=rows, tokens=info.tokens * hosts, squares=info.squares * hosts, trained=info.trained * hosts, items=items, pairs=pairs))
         read = {"steps": 1, "rows": rows, "examples": sum(map(len, info.ids)) * hosts, "tokens": info.tokens * hosts,
-                "images": sum(items.values()), "flops": flops, "waited": waited}
+                "images": sum(info.frames.get(m, n) for m, n in info.media.items()) * hosts, "flops": flops, "waited": waited}
         for key, value in read.items():
             self.counts[key] += value
         self.dropped = info.dropped

@@ -82,7 +82,7 @@ def test_decoding_after_packing_equals_decoding_before():
     np.testing.assert_array_equal(batch.media["image"].coords[0], np.stack([coords for _, coords in before]))
     assert batch.blocks is None
     info = describe(rows)
-    assert info.ids == (("a", "b", "c"),) and info.media == {"image": 3}
+    assert info.ids == (("a", "b", "c"),) and info.media == {"image": 3} and not info.frames
 
 
 def test_a_broken_image_takes_only_its_own_example_out_of_the_row():

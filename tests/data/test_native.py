@@ -9,7 +9,7 @@ from PIL import Image
 
 from mllm_jax.config import ConfigError, config
 from mllm_jax.connectors.mlp import MLPConfig
-from mllm_jax.data.batch import collate, decode_items, prompt_batch
+from mllm_jax.data.batch import collate, decode_items, describe, prompt_batch
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.native import Native
 from mllm_jax.data.pack import pack, row_spec
@@ -126,6 +126,8 @@ def test_a_row_of_images_of_different_sizes():
     assert media.item[0].tolist() == [1] * 24 + [2] * 32 + [3] * 16 and media.mask.all()
     np.testing.assert_array_equal(media.values[0, 24:56], Native()(images[1], 14, exact=True)[0])
     np.testing.assert_array_equal(media.coords[0, 24:56], Native()(images[1], 14, exact=True)[1])
+    info = describe(rows)
+    assert (info.media, info.frames, info.pairs) == ({"image": 72}, {"image": 3}, {"image": 24**2 + 32**2 + 16**2})
     # Tokens are counted over all images of the row, in the order in which their patches come.
     assert media.slot[media.slot >= 0].tolist() == list(range(6 + 8 + 4))
     np.testing.assert_array_equal(_picture(media, 0, 2, TOWER), join(media.values[0, 24:56], media.coords[0, 24:56], 14))
