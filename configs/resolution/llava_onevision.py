@@ -19,14 +19,14 @@ from mllm_jax.objectives import NextToken
 from mllm_jax.recipe import Adam, Data, Recipe, Stage
 
 DECODERS = {"0.5b": (llm.QWEN2_0_5B, 8.94e8), "7b": (llm.QWEN2_7B, 8.03e9), "72b": (llm.QWEN2_72B, 7.32e10)}
-PARTS = ("inputs/image/encoder", "inputs/image/connector", "decoder")
 
 
 def recipe(size: str = "7b") -> Recipe:
     (decoder, params), language = DECODERS[size], f"hf://Qwen/Qwen2-{size.upper()}-Instruct"
     encoder = replace(vit.SIGLIP_SO400M_384, depth=26, pool="none", final_norm=False)       # without the last of 27 layers
     whole = TowerConfig(view=Square(size=384), encoder=encoder, connector=MLPConfig(depth=2))
-    several, video = Also(view=Pad(size=384, fill=(127,) * 3)), Also(view=Frames(view=Square(size=384), frames=32), layout=Pooled())
+    frames = Frames(view=Square(size=384), frames=32, fps=1.0, pick="every")
+    several, video = Also(view=Pad(size=384, fill=(127,) * 3)), Also(view=frames, layout=Pooled())
     tiled = lambda pinpoints: MLLMConfig(decoder=decoder, inputs={"image": replace(
         whole, view=Tiles(size=384, pinpoints=pinpoints), layout=AnyRes(cap=9), also={"images": several, "video": video})})
     stage = lambda sources, steps, **more: Stage(
@@ -38,7 +38,7 @@ def recipe(size: str = "7b") -> Recipe:
     replay = {"llava_onevision_3m2": 0.47, "m4_instruct_560k": 0.33, "llava_onevision_video_350k": 0.2}
     return Recipe(paper="arXiv:2408.03326", params=params, tokenizer=language, model=tiled(ONEVISION), stages={
         "align": replace(align, data=pairs, optimizer=Adam(lr=1e-3)),
-        "knowledge": stage({"llava_onevision_mid_4m": 1.0}, 15_625, model=tiled(NEXT), weights={p: f"stage://align/{p}" for p in PARTS}),
-        "single_image": stage({"llava_onevision_3m2": 1.0}, 12_500, weights={"*": "stage://knowledge"}),
+        "knowledge": stage({"llava_onevision_mid_4m": 1.0}, 15_625, model=tiled(NEXT)),
+        "single_image": stage({"llava_onevision_3m2": 1.0}, 12_500),
         "onevision": stage(replay, 6_250),
     })

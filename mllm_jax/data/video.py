@@ -35,12 +35,16 @@ PICK = {                                # (frames wanted, frames there) -> their
     "middle": lambda n, total: (2 * np.arange(n) + 1) * total // (2 * n),
     "ends": lambda n, total: np.linspace(0, total - 1, n).astype(np.int64),
     "nearest": lambda n, total: np.linspace(0, total - 1, n).round().astype(np.int64),
+    "every": lambda n, total: np.linspace(0, total - 1, n).astype(np.int64),     # where one a second would be too many
 }
 
 
 @config
 class Frames:
-    """Frames of a video, spread evenly: the start or the middle of equal parts, or from the first frame to the last."""
+    """Frames of a video, spread evenly: the start or the middle of equal parts, or from the first frame to the last.
+
+    "every" takes each round(rate / fps)-th frame from the first on, as long as they are not more than `frames` (LLaVA).
+    """
 
     view: Any                           # of one frame: Square, Pad or Native
     frames: int                         # so many, or all of a shorter video; with `fps` at most so many
@@ -52,6 +56,8 @@ class Frames:
     def __post_init__(self):
         if self.pick not in PICK:
             raise ConfigError(f"pick={self.pick!r} is no way to choose frames; nearest: {nearest(self.pick, PICK)}")
+        if self.pick == "every" and self.fps is None:
+            raise ConfigError("pick='every' takes a frame so many times a second; give fps")
         if not self.packed and self.budget is not None:
             raise ConfigError(f"frames of one size cannot keep to budget={self.budget}; remove it, or use a packed view")
 
@@ -116,7 +122,9 @@ class Frames:
 
     def _wanted(self, total: int, rate: float) -> np.ndarray:
         """i64[n]: the numbers of the frames of a video of so many, so many a second."""
-        n = self.frames if self.fps is None else max(int(total / rate * self.fps), self.least)
+        if self.pick == "every" and len(wanted := np.arange(0, total, max(1, round(rate / self.fps)))) <= self.frames:
+            return wanted
+        n = self.frames if self.fps is None or self.pick == "every" else max(int(total / rate * self.fps), self.least)
         n = min(n, self.frames, total)
         if self.packed and n > self.view.steps:
             n -= n % self.view.steps

@@ -100,6 +100,22 @@ def test_frames_for_each_second():
     assert view.look(Blob(kind="video", data=clip(2)), 8).frames == 2           # all there are
 
 
+def test_a_frame_of_every_second_or_an_even_spread_of_the_most():
+    """The official rule (LLaVA-VL/LLaVA-NeXT, llava/utils.py, process_video_with_pyav)."""
+    def official(total, rate, fps, most):
+        wanted = list(range(0, total, round(rate / fps)))
+        return np.linspace(0, total - 1, most, dtype=int).tolist() if len(wanted) > most else wanted
+
+    for total, rate, fps, most in ((100, 10.0, 1.0, 32), (100, 10.0, 1.0, 6), (101, 29.97, 1.0, 32), (1, 24.0, 1.0, 32), (7200, 23.976, 2.0, 32)):
+        view = Frames(view=Square(size=32), frames=most, fps=fps, pick="every")
+        assert view._wanted(total, rate).tolist() == official(total, rate, fps, most)
+    view = Frames(view=Square(size=32), frames=32, fps=1.0, pick="every")
+    assert view.look(VIDEO, 8).seconds == tuple(range(10)) and numbers(view(CLIP, 8, exact=False)[0], 10) == list(range(0, 100, 10))
+    assert view.plan(48, 64, 8).frames == 32
+    with pytest.raises(ConfigError, match="pick='every' takes a frame so many times a second; give fps"):
+        Frames(view=Square(size=32), frames=4, pick="every")
+
+
 @pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no real videos in {CLIPS} (set MLLM_JAX_REAL_DATA)")
 def test_frames_of_real_videos_are_those_that_transformers_reads():
     read = pytest.importorskip("transformers.video_utils").read_video_pyav

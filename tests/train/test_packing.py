@@ -62,7 +62,7 @@ def filmed(example: Example) -> Example:
     """The same with a video in the place of its first image."""
     film = lambda part: replace(part, kind="video") if part.media == 0 else part
     turns = tuple(replace(turn, parts=tuple(map(film, turn.parts))) for turn in example.turns)
-    return replace(example, turns=turns, media=(Blob(kind="video", data=clip(total=5)), *example.media[1:]))
+    return replace(example, turns=turns, media=(Blob(kind="video", data=clip(total=35)), *example.media[1:]))
 
 
 @pytest.fixture(scope="module", params=ROOMS)

@@ -44,14 +44,14 @@ def call(capsys, action: list[str], records: list[dict], *more: str) -> tuple[in
 
 def test_a_run_on_videos_and_images_skips_what_is_broken(records: list[dict], capsys, tmp_path: Path):
     code, _, err = call(
-        capsys, ["train", "resolution/llava_onevision", "--out", "run", "--stages", "knowledge"], records,
-        f"{STAGE}data.on_bad_example=skip", f"{STAGE}steps=2", f"{STAGE}weights={{}}")
+        capsys, ["train", "resolution/llava_onevision", "--out", "run", "--stages", "align,knowledge"], records,
+        f"{STAGE}data.on_bad_example=skip", f"{STAGE}steps=3", "stages.align.steps=3")
     assert code == 0 and "Traceback" not in err, err
     stage = tmp_path / "run" / "stages" / "knowledge"
     summary = json.loads((stage / "summary.json").read_text())
     assert {k.rsplit("/", 1)[1] for k in summary["dropped"]} == {"decode", "missing_file"}
     losses = [json.loads(line)["loss"] for line in (stage / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert len(losses) == 3 and np.isfinite(losses).all()
     assert summary["images"] > 4 * 4                            # tiles, of which a video has four
     # Where bad records stop the run, each has its line.
     for name, says in (("half", "the video cannot be read|stops being readable"), ("text", "cannot be read"), ("missing", "missing_file")):
