@@ -61,6 +61,14 @@ def test_the_contents_of_the_cookbook_are_complete():
         assert (ROOT / "configs" / name.split("/")[0] / "README.md").exists()
 
 
+def test_a_recipe_is_read_at_a_glance():
+    """What it is, what is new, source; and a page of values."""
+    for name in NAMES:
+        text = (ROOT / "configs" / f"{name}.py").read_text()
+        assert len(text.splitlines()) <= (72 if name == "first/digits" else 45), name
+        assert re.match(r'"""[^\n]+\n\nNew here: ', text), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_size_of_a_recipe_is_tested(name: str):
     knobs = inspect.signature(importlib.import_module("mllm_jax.configs." + name.replace("/", ".")).recipe).parameters

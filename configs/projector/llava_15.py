@@ -1,8 +1,7 @@
 """LLaVA-1.5 (arXiv:2310.03744): LLaVA with an MLP for the matrix, 336 pixels, and questions from academic sets.
 
 New here: `depth=2`, a larger picture, in the second stage padded to a square, and a mixture that asks for short answers.
-Hyper-parameters: the paper, table 9, and the official scripts/v1_5.  A row of the first stage is one of the
-paper's 256 examples; in the second, 64 packed rows hold about its 128.
+Source: the paper, table 9, and scripts/v1_5.  A row of the first stage is one example; in the second 64 packed rows hold about 128.
 """
 
 from dataclasses import replace
@@ -32,19 +31,14 @@ def recipe(size: str = "7b") -> Recipe:
             "align": Stage(
                 model=replace(model, inputs={"image": replace(image, view=Square(size=336, crop=True))}),
                 data=Data(sources={"llava_lcs_558k": 1.0}, batch_size=256, seq_len=768, template="caption", pack=False, overlong="truncate"),
-                objectives={"lm": NextToken()},
-                optimizer=Adam(lr=1e-3),
-                steps=2_181,
+                objectives={"lm": NextToken()}, optimizer=Adam(lr=1e-3), steps=2_181,
                 train=("inputs/image/connector/*",),
-                weights={"inputs/image/encoder": "hf://openai/clip-vit-large-patch14-336",
-                         "decoder": f"hf://lmsys/vicuna-{size}-v1.5"},
+                weights={"inputs/image/encoder": "hf://openai/clip-vit-large-patch14-336", "decoder": f"hf://lmsys/vicuna-{size}-v1.5"},
             ),
             "instruct": Stage(
-                data=Data(sources={"llava_mix_665k": 1.0}, batch_size=64, seq_len=2_048, template="vicuna_v1",
-                          items={"image": 3}, overlong="truncate"),
-                objectives={"lm": NextToken()},
-                optimizer=Adam(lr=2e-5),
-                steps=5_198,
+                data=Data(sources={"llava_mix_665k": 1.0}, batch_size=64, seq_len=2_048, template="vicuna_v1", items={"image": 3},
+                          overlong="truncate"),
+                objectives={"lm": NextToken()}, optimizer=Adam(lr=2e-5), steps=5_198,
                 train=("inputs/image/connector/*", "decoder/*"),
             ),
         },
