@@ -1,7 +1,7 @@
 """BLIP-2 (arXiv:2301.12597): a frozen ViT, a frozen OPT, and 32 queries between them that learn what to say of an image.
 
 New here: the connector is trained before it meets the language model, with three losses at once.  The paper, section 3.4, and
-LAVIS; unverified: b2, and the least learning rate of the second stage.  The ViT is EVA's, here with the norm that was trained.
+LAVIS; unverified: b2, the last rate of stage two.  The ViT is EVA's with a norm trained later; queries begin with BERT's layers for text.
 """
 
 from dataclasses import replace
@@ -19,27 +19,27 @@ from mllm_jax.recipe import Adam, Data, Recipe, Stage
 
 SIZES = {"2.7b": (llm.OPT_2_7B, 3.745e9), "6.7b": (llm.OPT_6_7B, 7.753e9)}
 PAIRS = {"coco_captions": 0.4, "visual_genome": 0.8, "cc3m": 3, "cc12m": 10, "sbu": 0.8, "laion_115m": 114}     # millions of images
-TOWER, CONNECTOR = "inputs/image/encoder", "inputs/image/connector/former"
+TOWER, FORMER, HEADS = "inputs/image/encoder", "inputs/image/connector/former", ("text/*", "match/*", "caption/*", "temperature")
+COPIES = {f"{FORMER}/blocks/{i}/{x}": f"copy://{FORMER}/blocks/{i}/{y}" for i in (0, 1) for x, y in (("mlp", "text_mlp"), ("norm2", "text_norm"))}
 
 
 def recipe(size: str = "2.7b") -> Recipe:
-    decoder, params = SIZES[size]
+    (decoder, params), opt = SIZES[size], f"hf://facebook/opt-{size}"
     image = TowerConfig(view=Square(size=224), encoder=vit.EVA_G14_224, connector=QFormerConfig(tokens=257))
-    bridge = replace(image, connector=replace(image.connector, words=Words()), route="pool")
+    bridge = BridgeConfig(inputs={"image": replace(image, connector=replace(image.connector, words=Words()), route="pool")})
     data = Data(sources=PAIRS, batch_size=1_680, seq_len=32, template="clip", pack=False,
                 augment=(RandomResizedCrop(scale=(0.5, 1.0)), HorizontalFlip()))
     adam = Adam(lr=1e-4, warmup=5_000, end=0.1, clip=None, weight_decay=0.05, b2=0.98)
     train = (f"{TOWER}/norm/*", "inputs/image/connector/*")
+    losses = {"itc": InfoNCE(smoothing=0.1, candidates_learn=False), "itm": Matching(), "itg": NextToken(smoothing=0.1)}
     return Recipe(
-        paper="arXiv:2301.12597", params=params, tokenizer=f"hf://facebook/opt-{size}",
-        model=MLLMConfig(inputs={"image": image}, decoder=decoder),
+        paper="arXiv:2301.12597", params=params, tokenizer=opt, model=MLLMConfig(inputs={"image": image}, decoder=decoder),
         stages={
             "represent": Stage(
-                model=BridgeConfig(inputs={"image": bridge}), data=data, optimizer=adam, steps=250_000,
-                objectives={"itc": InfoNCE(smoothing=0.1, candidates_learn=False), "itm": Matching(), "itg": NextToken(smoothing=0.1)},
-                train=(*train, "text/*", "match/*", "caption/*", "temperature"), weights={TOWER: "hf://Salesforce/blip2-itm-vit-g"}),
+                model=bridge, data=data, objectives=losses, optimizer=adam, steps=250_000, train=(*train, *HEADS),
+                weights={TOWER: "hf://Salesforce/blip2-itm-vit-g", FORMER: "hf://google-bert/bert-base-uncased"} | COPIES),
             "generate": Stage(
-                data=replace(data, batch_size=1_920, seq_len=64, template="blip2", overlong="truncate"),
-                optimizer=replace(adam, warmup=2_000, end=0.5), steps=80_000, objectives={"lm": NextToken()}, train=train,
-                weights={part: f"stage://represent/{part}" for part in (TOWER, CONNECTOR)} | {"decoder": f"hf://facebook/opt-{size}"}),
+                data=replace(data, batch_size=1_920, seq_len=64, template="blip2", overlong="truncate"), train=train,
+                objectives={"lm": NextToken()}, optimizer=replace(adam, warmup=2_000, end=0.5), steps=80_000,
+                weights={part: f"stage://represent/{part}" for part in (TOWER, FORMER)} | {"decoder": opt}),
         })

@@ -31,8 +31,8 @@ def recipe(size: str = "7b") -> Recipe:
         stages={
             "instruct": replace(
                 stage, steps=60_000,
-                data=replace(stage.data, sources={name: n**0.5 for name, n in THOUSANDS.items()}, batch_size=rows, seq_len=416,
+                data=replace(stage.data, sources={name: round(n**0.5, 1) for name, n in THOUSANDS.items()}, batch_size=rows, seq_len=416,
                              template="instructblip", augment=stage.data.augment[:1]),
                 optimizer=replace(stage.optimizer, lr=1e-5, warmup=1_000, end=0.0, b2=0.999),
-                weights={blip2.TOWER: START, blip2.CONNECTOR: START, "decoder": vicuna}),
+                weights={blip2.TOWER: START, blip2.FORMER: START, "decoder": vicuna}),
         })

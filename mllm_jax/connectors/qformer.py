@@ -40,18 +40,19 @@ class Words:
 @config
 class QFormerConfig:
     tokens: int                         # of an item, that the queries read
-    queries: int = 32
+    queries: int = 32                   # with none it is BERT
     width: int = 768
     depth: int = 12
     heads: int = 12
     mlp: int = 3072
-    every: int = 2                      # queries read in layers 0, every, 2 every, ...
+    every: int = 2                      # queries read in layers 0, every, 2 every, ...; 0: in none
     activation: str = "gelu"
     norm: LayerNorm = LayerNorm(eps=1e-12)
     words: Words | None = None          # None: no text, and no layers for it
 
-    def build(self, d_in: int, d_out: int, *, rngs: nnx.Rngs) -> "QFormerConnector":
-        return QFormerConnector(self, d_in, d_out, rngs=rngs)
+    def build(self, d_in: int | None = None, d_out: int | None = None, *, rngs: nnx.Rngs) -> "QFormerConnector | QFormer":
+        """The connector; of one that reads nothing, which needs no widths, the layers alone."""
+        return QFormerConnector(self, d_in, d_out, rngs=rngs) if d_out else QFormer(self, d_in, rngs=rngs)
 
     def num_tokens(self, grid: Grid) -> Grid:
         if prod(grid) != self.tokens:
@@ -68,9 +69,14 @@ class QFormerConfig:
         return self
 
     @property
+    def origin(self) -> "QFormerConfig":
+        """BERT, from whose checkpoints it can start; its queries, and what they alone go through, start fresh."""
+        return replace(self, tokens=0, queries=0, every=0)
+
+    @property
     def cycle(self) -> tuple[bool, ...]:
         """Whether the queries read in layers that take turns."""
-        return (True,) + (False,) * (self.every - 1)
+        return (True,) + (False,) * (self.every - 1) if self.every else (False,)
 
     @property
     def block(self) -> BlockConfig:
@@ -89,13 +95,13 @@ class Text:
 
 
 class QFormer(nnx.Module):
-    def __init__(self, cfg: QFormerConfig, d_memory: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: QFormerConfig, d_memory: int | None, *, rngs: nnx.Rngs):
         self.cfg = cfg
         words, d = cfg.words, cfg.width
         if words and words.length > words.positions:
             raise ConfigError(f"the Q-Former reads texts of up to {words.length} tokens and has {words.positions} positions; "
                               "make words.length at most that")
-        self.queries = param(rngs, (cfg.queries, d), "query embed", normal(0.02))
+        self.queries = param(rngs, (cfg.queries, d), "query embed", normal(0.02)) if cfg.queries else None
         self.embedding = Embedding(words.vocab, d, rngs=rngs) if words else None
         self.position = param(rngs, (words.positions, d), "position embed", normal(0.02)) if words else None
         self.norm = cfg.norm.build(d, rngs=rngs)
@@ -134,7 +140,8 @@ class QFormerLayer(nnx.Module):
         self.attn, self.norm1 = Attention(block, rngs=rngs), norm()
         self.cross = Attention(block, d_memory=d_memory, rngs=rngs) if d_memory else None
         self.cross_norm = norm() if d_memory else None
-        self.mlp, self.norm2 = MLP(block, rngs=rngs), norm()
+        self.mlp = MLP(block, rngs=rngs) if cfg.queries else None
+        self.norm2 = norm() if cfg.queries else None
         self.text_mlp = MLP(block, rngs=rngs) if cfg.words else None
         self.text_norm = norm() if cfg.words else None
 

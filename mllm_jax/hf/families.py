@@ -6,6 +6,7 @@ from typing import Any
 
 from mllm_jax.config import ConfigError, override
 from mllm_jax.hf import (
+    bert,
     blip2,
     clip,
     cogvlm,
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         idefics3.IDEFICS3, idefics3.SMOLVLM,
         llava_next.LLAVA_NEXT,
         llava_onevision.LLAVA_ONEVISION,
+        bert.BERT,
         blip2.BLIP2,
         blip2.RETRIEVAL,
         instructblip.INSTRUCTBLIP,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.batch import collate, decode_items, prompt_batch
@@ -20,7 +21,8 @@ from mllm_jax.hf.export import export
 from mllm_jax.hf.families import describe
 from mllm_jax.hf.family import differences
 from mllm_jax.hf.load import load, load_subtree
-from mllm_jax.nn.param import merge
+from mllm_jax.models.bridge import alone
+from mllm_jax.nn.param import merge, split
 from mllm_jax.objectives import NextToken
 from mllm_jax.types import Batch
 from tests.hf import ours
@@ -257,6 +259,36 @@ def test_retrieval(torch, tmp_path):
     # A first stage that can write captions has more than transformers keeps.
     with pytest.raises(ConfigError, match="blip-2 has no place for|cannot express captions=True"):
         export(params, replace(cfg, captions=True), tmp_path / "no", tokenizer=tokenizer)
+
+
+def test_a_q_former_starts_from_bert(torch, tmp_path):
+    """The hidden states of BERT; and a Q-Former with its layers for text, whose queries are fresh."""
+    from transformers import BertConfig, BertModel
+
+    from tests.hf import tiny
+
+    made = BertModel(BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=36,
+                                max_position_embeddings=20, pad_token_id=None), add_pooling_layer=True).eval()
+    tiny.randomize(made)
+    made.embeddings.token_type_embeddings.weight.data.zero_()       # which BLIP-2 leaves out
+    made.save_pretrained(tmp_path / "x")
+    lengths, tokens = [9, 6], np.random.default_rng(0).integers(0, 40, (2, 9))
+    real = np.arange(9) < np.array(lengths)[:, None]
+    want = made(torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int))).last_hidden_state.detach()
+    cfg, params = load(tmp_path / "x")
+    text = alone(ours.batch(tokens, lengths))
+    close(jax.jit(lambda p: merge(ours.graph_of(cfg), p)(None, text))(params)[real], want[real])
+
+    wide = replace(cfg, tokens=17, queries=4, every=2, words=replace(cfg.words, vocab=41))
+    fresh = split(wide.build(8, 12, rngs=nnx.Rngs(0)).former)[1]
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in fresh.items()}
+    old = lambda k: "bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    found = load_subtree(rewritten(tmp_path / "x", tmp_path / "old", old), wide, shapes)
+    assert fresh.keys() - found.keys() == {k for k in fresh if k == "queries" or "cross" in k or "/mlp/" in k or "norm2" in k}
+    np.testing.assert_array_equal(found["embedding/table"][:40], params["embedding/table"])
+    for layer in range(3):
+        for path in ("attn/q/kernel", "text_mlp/down/bias", "text_norm/scale", "norm1/bias"):
+            np.testing.assert_array_equal(found[f"blocks/{layer % 2}/{path}"][layer // 2], params[f"blocks/0/{path}"][layer])
 
 
 @pytest.mark.parametrize(("name", "where", "change", "match"), [

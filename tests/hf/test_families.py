@@ -109,7 +109,8 @@ def test_qwen_vl_is_the_published_model(size):
     assert differences(family.config(*theirs), model, family.free) == {}
 
 
-@pytest.mark.parametrize("name", ["contrastive/clip", "contrastive/siglip", "projector/llava_15", "first/digits"])
+@pytest.mark.parametrize("name", ["contrastive/clip", "contrastive/siglip", "projector/llava_15", "first/digits", "resampler/blip2",
+                                  "resampler/instructblip"])
 def test_a_recipe_has_a_place_on_the_hub(name):
     model = recipe(name).model
     family = family_of(model)
