@@ -45,10 +45,10 @@ TAGS = {"video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_st
 
 
 def videos(view: Native, patch: int) -> Frames:
-    """Two frames a second, 128 to 768 tokens a pair of frames, fewer in long videos; the total of qwen_vl_utils is unverified."""
+    """Two frames a second, 128 to 768 tokens a pair of frames, and 115,200 in all, as qwen_vl_utils reads them."""
     token = (patch * view.merge) ** 2
     each = replace(view, min_pixels=128 * token, max_pixels=768 * token)
-    return Frames(view=each, frames=768, fps=2.0, least=4, pick="nearest", budget=int(24_576 * token * 0.9))
+    return Frames(view=each, frames=768, fps=2.0, least=4, pick="nearest", budget=view.steps * int(128_000 * token * 0.9))
 
 
 def tower(kind: str, encoder: NativeViTConfig, view: Native, *, rate: float | None = None) -> TowerConfig:

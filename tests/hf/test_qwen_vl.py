@@ -15,6 +15,7 @@ from PIL import Image
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.batch import collate, decode_items, prompt_batch
+from mllm_jax.data.native import Native
 from mllm_jax.data.pack import one_row, pack, row_spec
 from mllm_jax.data.templates import chat_template
 from mllm_jax.data.tokenize import encode
@@ -25,6 +26,7 @@ from mllm_jax.hf.convert import convert_folder
 from mllm_jax.hf.export import export
 from mllm_jax.hf.families import describe
 from mllm_jax.hf.load import load
+from mllm_jax.hf.qwen_vl import videos
 from mllm_jax.nn.param import merge
 from mllm_jax.objectives import NextToken
 from mllm_jax.types import Batch, Blob, Cut, Example, Grid, Media, Part, Turn
@@ -290,7 +292,8 @@ def test_there_and_back(cases, torch, tmp_path, name):
     same(back, it.params)
     native = convert_folder(it.folder, tmp_path / "native")
     assert stored(convert_folder(native, tmp_path / "back", "hf")) == stored(it.folder)
-    folder = export(it.params, it.cfg, tmp_path / "out", tokenizer=it.tokenizer, seq_len=512)
+    folder = export(it.params, it.cfg, tmp_path / "out", tokenizer=it.tokenizer, seq_len=512,
+                    chat_template=chat_template(it.made.template, it.tokenizer))
     assert stored(folder) == stored(it.folder)
     assert describe(folder)[0].model_type == name and describe(folder)[1] == it.cfg
     model = reopened(torch, AutoModelForImageTextToText, folder, attn_implementation="eager")
@@ -304,6 +307,9 @@ def test_there_and_back(cases, torch, tmp_path, name):
     picture = Image.open(io.BytesIO(EXAMPLES[0].media[0].data))
     both = [reader(picture, return_tensors="np")["pixel_values"] for reader in (again, it.made.processor.image_processor)]
     np.testing.assert_array_equal(*both)
+    own = it.common | {"template": "tokenizer", "tokenizer": load_tokenizer(str(folder))}
+    for example in EXAMPLES:            # the format that went with it
+        np.testing.assert_array_equal(encode(example, **own).tokens, encode(example, **it.common).tokens)
 
 
 def renamed(name: str) -> str:
@@ -313,6 +319,12 @@ def renamed(name: str) -> str:
     for pattern, new in MEMORY:
         name = re.sub(pattern, new, name)
     return name
+
+
+def test_frames_of_long_videos_are_small():
+    """As `fetch_video` of qwen_vl_utils: all frames share 128,000 tokens less a tenth, two of them to a token."""
+    most = lambda n: videos(Native(), 14)._view(n).max_pixels / 28**2
+    assert (most(4), most(300), most(768)) == (768, 768, 300)
 
 
 def test_the_first_files_are_flat(cases, tmp_path):
