@@ -50,6 +50,8 @@ def load_tokenizer(
     if tokenizer.pad_token is None:     # never trained and never seen, so any id will do and none need be added
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     known = tokenizer.get_vocab()
+    if own := getattr(tokenizer, "context_image_token", None):  # InternVL's word for it
+        tokenizer.image_token = own
     for m, name in PLACEHOLDERS.items():    # Qwen's say nowhere that they have such tokens; its processors know the names
         if not getattr(tokenizer, f"{m}_token", None) and name not in known and f"<|{m}_pad|>" in known:
             setattr(tokenizer, f"{m}_token", f"<|{m}_pad|>")

@@ -26,6 +26,7 @@ from mllm_jax.sharding import constrain
 from mllm_jax.types import Features, Grid, Media
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -103,6 +104,13 @@ EVA2_E14_224 = ViTConfig(
     width=1792, depth=63, heads=16, mlp=15_360, patch=14, grid=16, patch_bias=True, pre_norm=False, norms="after", last_norm=False,
     pool="none", activation="gelu", norm=LayerNorm(eps=1e-6),
 )
+# InternViT (arXiv:2312.14238, 2412.05271): what layers give is scaled, and no norm follows the last one.
+INTERNVIT_300M_448 = ViTConfig(
+    width=1024, depth=24, heads=16, mlp=4096, patch=14, grid=32, mean=IMAGENET_MEAN, std=IMAGENET_STD, patch_bias=True, pre_norm=False,
+    last_norm=False, pool="none", activation="gelu", norm=LayerNorm(eps=1e-6), layer_scale=0.1,
+)
+INTERNVIT_6B_448 = replace(
+    INTERNVIT_300M_448, width=3200, depth=45, heads=25, mlp=12_800, norm=RMSNorm(eps=1e-6), qkv_bias=False, qk_norm="width")
 
 
 class ViT(nnx.Module):

@@ -23,10 +23,13 @@ def decoder(text: Mapping[str, Any], where: str, *, tied: bool | None = None) ->
     return DECODERS[kind].config({**text, **({} if tied is None else {"tie_word_embeddings": tied})}, {})
 
 
-def of_model(hf: Mapping[str, Any], where: str) -> DecoderConfig:
-    """The language model of a configuration that has a `text_config`; its head is tied if either says so."""
+def of_model(hf: Mapping[str, Any], where: str, *, either: bool = False) -> DecoderConfig:
+    """The language model of a configuration that has a `text_config`.
+
+    Whether its head is tied says the configuration around it, or `either` of them, as in LLaVA and LLaVA-OneVision.
+    """
     text = hf.get("text_config") or {}
-    return decoder(text, where, tied=hf.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    return decoder(text, where, tied=bool(hf.get("tie_word_embeddings") or (either and text.get("tie_word_embeddings"))))
 
 
 def their_decoder(cfg: DecoderConfig, ids: Ids) -> dict[str, Any]:

@@ -30,7 +30,7 @@ TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_s
 def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
     encoder, connector, size = parts(hf, pre, "llava")
     image = TowerConfig(view=view(pre, size, crop=encoder.class_token), encoder=encoder, connector=connector)
-    return MLLMConfig(inputs={"image": image}, decoder=language.of_model(hf, "llava"))
+    return MLLMConfig(inputs={"image": image}, decoder=language.of_model(hf, "llava", either=True))
 
 
 def parts(hf: Mapping[str, Any], pre: Mapping[str, Any], where: str) -> tuple[ViTConfig, MLPConfig, int]:
@@ -111,12 +111,12 @@ TOWER_PART = Part(theirs="vision_tower.vision_model.", ours="inputs/image/encode
 CONNECTOR_PART = Part(theirs="multi_modal_projector.", ours="inputs/image/connector/", rows=CONNECTOR,
                       of=lambda c: c.inputs["image"].connector)
 DECODER_PART = Part(theirs="language_model.", ours="decoder/", rows=llama.ROWS, of=lambda c: c.decoder)
-LAYOUTS = (
+NAMES = (                               # of any tower
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+LAYOUTS = (*NAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))
 MEMORY = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),

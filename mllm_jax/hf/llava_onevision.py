@@ -45,7 +45,7 @@ def config(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
     image = TowerConfig(
         view=view, encoder=encoder, connector=connector, layout=AnyRes(cap=int(cap[1])),
         also={"images": Also(view=several), "video": Also(view=frames, layout=Pooled())})
-    return MLLMConfig(inputs={"image": image}, decoder=language.of_model(hf, "llava_onevision"))
+    return MLLMConfig(inputs={"image": image}, decoder=language.of_model(hf, "llava_onevision", either=True))
 
 
 def hf_config(cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:

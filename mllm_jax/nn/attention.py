@@ -51,8 +51,10 @@ class Attention(nnx.Module):
         self.v = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
         self.o = Linear((h, k), d, "heads head_dim embed", bias=cfg.out_bias, rngs=rngs)
         self.query_scale = k**-0.5 if cfg.query_scale is None else cfg.query_scale
-        self.q_norm = cfg.norm.build(k, axis="head_dim", rngs=rngs) if cfg.qk_norm else None
-        self.k_norm = cfg.norm.build(k, axis="head_dim", rngs=rngs) if cfg.qk_norm else None
+        self.whole = cfg.qk_norm == "width"
+        norm = lambda n: cfg.norm.build(n * k if self.whole else k, axis="embed" if self.whole else "head_dim", rngs=rngs)
+        self.q_norm = norm(h) if cfg.qk_norm else None
+        self.k_norm = norm(g) if cfg.qk_norm else None
 
     def __call__(
         self,
@@ -89,13 +91,18 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array) -> jax.Array:
         """f[b s d] -> f[b s h k], not rotated yet."""
-        q = self.q(x)
-        return q if self.q_norm is None else self.q_norm(q)
+        return self._normed(self.q_norm, self.q(x))
 
     def keys(self, x: jax.Array) -> Keys:
         """f[b t d] -> keys, not rotated yet, and values."""
         k, v = self.k(x), self.v(x)
-        return k if self.k_norm is None else self.k_norm(k), v
+        return self._normed(self.k_norm, k), v
+
+    def _normed(self, norm: nnx.Module | None, x: jax.Array) -> jax.Array:
+        """f[b s h k], as the norm of queries or keys makes it."""
+        if norm is None:
+            return x
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.whole else norm(x)
 
 
 def attend(

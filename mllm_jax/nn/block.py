@@ -17,6 +17,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.nn.attention import Attention, LayerCache
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.mlp import MLP
+from mllm_jax.nn.param import param
 from mllm_jax.nn.position import Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.types import Mean
@@ -34,9 +35,12 @@ class Block(nnx.Module):
         self.norm1 = norm()
         self.attn = Attention(cfg, rngs=rngs)
         self.norm1_after = norm() if cfg.norms == "both" else None
+        scale = lambda: None if cfg.layer_scale is None else LayerScale(cfg.width, cfg.layer_scale, rngs=rngs)
+        self.scale1 = scale()
         self.norm2 = norm()
         self.mlp = MLP(cfg, rngs=rngs) if mlp is None else mlp.build(cfg, rngs=rngs)
         self.norm2_after = norm() if cfg.norms == "both" else None
+        self.scale2 = scale()
 
     def __call__(
         self,
@@ -55,10 +59,10 @@ class Block(nnx.Module):
         that route tokens read them.
         """
         y, cache = self.attn(self._before(self.norm1, x), visibility, window=window, rotation=rotation, cache=cache)
-        x = self._join(x, y, self.norm1, self.norm1_after)
+        x = self._join(x, y if self.scale1 is None else self.scale1(y), self.norm1, self.norm1_after)
         y = self._before(self.norm2, x)
         y, aux = self.mlp(y, mask, draws) if self.sparse else (self.mlp(y), {})
-        return self._join(x, y, self.norm2, self.norm2_after), cache, aux
+        return self._join(x, y if self.scale2 is None else self.scale2(y), self.norm2, self.norm2_after), cache, aux
 
     def _before(self, norm: nnx.Module, x: jax.Array) -> jax.Array:
         return norm(x) if self.norms in ("before", "both") else x
@@ -67,3 +71,13 @@ class Block(nnx.Module):
         if self.norms == "outside":
             return norm(x + y)
         return x + (norm(y) if self.norms == "after" else y if after is None else after(y))
+
+
+class LayerScale(nnx.Module):
+    """f[... d] -> f[... d], each value times a number of its own."""
+
+    def __init__(self, d: int, begin: float, *, rngs: nnx.Rngs):
+        self.scale = param(rngs, (d,), "embed", jax.nn.initializers.constant(begin))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.scale[...].astype(x.dtype)

@@ -18,9 +18,10 @@ class BlockConfig:
     key_bias: bool = True               # that of keys too; without a rotation softmax does not see it, and EVA and Whisper have none
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False               # queries and keys are normalized before the rotation
+    qk_norm: bool | str = False         # queries and keys are normalized before the rotation: True, each head; "width", all heads as one
     query_scale: float | None = None    # factor on the scores; None: head_dim ** -0.5
     norms: str = "before"               # where they stand: see nn/block.py
+    layer_scale: float | None = None    # what attention and MLP give is scaled by learned vectors, which begin so (arXiv:2103.17239)
 
 
 __all__ = ["BlockConfig", "Norm"]

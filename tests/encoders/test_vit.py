@@ -23,6 +23,7 @@ CLIP, SIGLIP = vit.CLIP_L14_336.tiny(), vit.SIGLIP_B16_224.tiny()
         (vit.EVA_G14_224.tiny(), ()),
         (replace(SIGLIP, final_norm=True), ("pool/",)),
         (replace(CLIP, keep_class=True, final_norm=True, norm=vit.RMSNorm(), gated=True, table=3), ()),
+        (vit.INTERNVIT_6B_448.tiny(), ()),
     ],
 )
 def test_contract(cfg, unused):

@@ -4,7 +4,6 @@ import io
 import json
 from dataclasses import replace
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 from mllm_jax.cli import main
 from mllm_jax.config import ConfigError
 from mllm_jax.data.layouts import AnyRes, Pooled
-from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.hf.export import export
 from mllm_jax.hf.families import describe
@@ -52,32 +50,6 @@ EXAMPLES = (
 )  # fmt: skip
 
 
-class Case(whole.Case):
-    def theirs(self, length: int, *, prompt: bool = False) -> dict:
-        """What the processor makes of each example, in rows of this length; it must know which images belong together."""
-        jinja, examples = Template(self.template, self.tokenizer).jinja, self.examples
-        texts = [self.tokenizer.apply_chat_template(
-            [{"role": t.role, "content": [{"type": p.kind, "text": p.text} if p.kind == "text" else {"type": p.kind} for p in t.parts]}
-             for t in (e.turns[:-1] if prompt else e.turns)], chat_template=jinja, tokenize=False, add_generation_prompt=prompt) for e in examples]
-        self.processor.video_processor = self.films
-        return dict(self.processor(
-            text=texts, images=[[Image.open(io.BytesIO(b.data)) for b in e.media if b.kind == "image"] for e in examples],
-            videos=[decoded(b) for e in examples for b in e.media if b.kind == "video"], add_special_tokens=False, return_tensors="pt",
-            padding="max_length", max_length=length, padding_side="left" if prompt else "right"))
-
-    def films(self, videos: list[np.ndarray], **_) -> dict:
-        """In the place of the video processor, which wants torchvision (tests/data/test_video.py compares with what it makes)."""
-        whole = lambda frame: np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-        frames = np.stack([[whole(frame) for frame in video] for video in videos])
-        return {"pixel_values_videos": ((frames / 255 - 0.5) / 0.5).astype(np.float32).transpose(0, 1, 4, 2, 3)}
-
-
-def decoded(blob: Blob) -> np.ndarray:
-    """u8[frame h w 3], all of them."""
-    with av.open(io.BytesIO(blob.data)) as file:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
-
-
 @pytest.fixture(scope="module")
 def case(torch, tmp_path_factory):
     import transformers as hf
@@ -87,22 +59,13 @@ def case(torch, tmp_path_factory):
     pixels = hf.LlavaOnevisionImageProcessorPil(
         size={"height": SIZE, "width": SIZE}, image_grid_pinpoints=pinpoints, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    class Processor(hf.LlavaOnevisionProcessor):
-        """With no reader of videos at first."""
-
-        def check_argument_for_proper_class(self, *_):
-            pass
-
-        def save_pretrained(self, folder):
-            self.image_processor.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-    processor = Processor(pixels, words, num_image_tokens=GRID**2, vision_feature_select_strategy="full", vision_aspect_ratio=f"anyres_max_{CAP}")
+    processor = whole.without_films(hf.LlavaOnevisionProcessor)(
+        pixels, words, num_image_tokens=GRID**2, vision_feature_select_strategy="full", vision_aspect_ratio=f"anyres_max_{CAP}")
     config = hf.LlavaOnevisionConfig(
         vision_config=hf.SiglipVisionConfig(**TOWER), text_config=hf.Qwen2Config(**LM, vocab_size=len(words)), image_grid_pinpoints=pinpoints,
         vision_aspect_ratio=f"anyres_max_{CAP}", image_token_index=processor.image_token_id, video_token_index=processor.video_token_id)
     model = hf.LlavaOnevisionForConditionalGeneration(config)
-    return Case(finished(model), processor, "plain", EXAMPLES, tmp_path_factory.mktemp("onevision") / "one", LAYOUTS)
+    return whole.FilmCase(finished(model), processor, "plain", EXAMPLES, tmp_path_factory.mktemp("onevision") / "one", LAYOUTS)
 
 
 def test_pixels_and_ids_are_those_of_the_processor(case, torch):

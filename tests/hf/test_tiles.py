@@ -116,6 +116,14 @@ def test_what_is_not_supported_is_refused(case, tmp_path, name, where, change, m
         load(rewritten(case(name).folder, tmp_path / "x", config=config))
 
 
+@pytest.mark.parametrize("name", ["llava_next", "idefics3"])
+def test_a_head_is_tied_where_the_whole_says_so(case, tmp_path, name):
+    """And not where the language model alone does, as transformers has it there."""
+    it = case(name)
+    config = lambda c: c | {"text_config": c["text_config"] | {"tie_word_embeddings": True}}
+    assert load(rewritten(it.folder, tmp_path / "x", config=config))[0] == it.cfg and it.cfg.decoder.head == "own"
+
+
 def test_patches_of_accepted_towers_have_the_positions_that_transformers_gives_them(torch):
     from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
 

@@ -115,4 +115,4 @@ def said(turn: Turn) -> str:
 
 
 def pictures(example: Example) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(blob.data)).convert("RGB") for blob in example.media]
+    return [Image.open(io.BytesIO(blob.data)).convert("RGB") for blob in example.media if blob.kind == "image"]

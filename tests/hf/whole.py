@@ -4,14 +4,17 @@ Rows with no image, one, and two of different shapes go through the processor of
 template, view, layout and packing on the other.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from mllm_jax.data.batch import collate, decode_items, prompt_batch
 from mllm_jax.data.pack import one_row, pack, row_spec
@@ -25,7 +28,7 @@ from mllm_jax.hf.families import describe
 from mllm_jax.hf.load import load
 from mllm_jax.nn.param import merge
 from mllm_jax.objectives import NextToken
-from mllm_jax.types import Batch, Example
+from mllm_jax.types import Batch, Blob, Example
 from tests.hf import ours
 from tests.hf.test_convert import stored
 from tests.hf.test_export import reopened
@@ -67,18 +70,60 @@ class Case:
         decoded = [decode_items(row.media, self.cfg.inputs, exact=True) for row in placed]
         return jax.tree.map(jnp.asarray, collate(placed, decoded, spec))
 
-    def theirs(self, length: int, *, prompt: bool = False) -> dict:
-        """What the processor makes of the examples, in rows of this length; prompts end together."""
+    def ids(self, batch: Batch) -> np.ndarray:
+        """The tokens of a batch as transformers would write them."""
+        return np.asarray(batch.tokens)
+
+    def texts(self, prompt: bool) -> list[str]:
+        """What the template writes for each example, or for what comes before its answer."""
         jinja = Template(self.template, self.tokenizer).jinja
         content = lambda turn: [{"type": p.kind, "text": p.text} if p.kind == "text" else {"type": p.kind} for p in turn.parts]
-        texts = [
+        return [
             self.tokenizer.apply_chat_template(
                 [{"role": t.role, "content": content(t)} for t in (e.turns[:-1] if prompt else e.turns)],
                 chat_template=jinja, tokenize=False, add_generation_prompt=prompt)
             for e in self.examples]  # fmt: skip
+
+    def theirs(self, length: int, *, prompt: bool = False) -> dict:
+        """What the processor makes of the examples, in rows of this length; prompts end together."""
         return dict(self.processor(
-            text=texts, images=[p for e in self.examples for p in pictures(e)], add_special_tokens=False, return_tensors="pt",
+            text=self.texts(prompt), images=[p for e in self.examples for p in pictures(e)], add_special_tokens=False, return_tensors="pt",
             padding="max_length", max_length=length, padding_side="left" if prompt else "right"))
+
+
+class FilmCase(Case):
+    """Of a family that takes videos, whose processor wants torchvision for them: made by `without_films`."""
+
+    def theirs(self, length: int, *, prompt: bool = False) -> dict:
+        """As above; it must know which images belong together."""
+        examples = self.examples
+        self.processor.video_processor = self.films
+        return dict(self.processor(
+            text=self.texts(prompt), images=[pictures(e) for e in examples],
+            videos=[decoded(b) for e in examples for b in e.media if b.kind == "video"], add_special_tokens=False, return_tensors="pt",
+            padding="max_length", max_length=length, padding_side="left" if prompt else "right"))
+
+    def films(self, videos: list[np.ndarray], **_) -> dict:
+        """In the place of the video processor (tests/data/test_video.py compares with what it makes)."""
+        size = self.cfg.inputs["image"].view.size
+        whole = lambda frame: np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
+        frames = np.stack([[whole(frame) for frame in video] for video in videos])
+        return {"pixel_values_videos": ((frames / 255 - 0.5) / 0.5).astype(np.float32).transpose(0, 1, 4, 2, 3)}
+
+
+def without_films(kind: type) -> type:
+    """A processor class whose reader of videos is put there later, and not saved."""
+    def save(self, folder: Path) -> None:
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None, "save_pretrained": save})
+
+
+def decoded(blob: Blob) -> np.ndarray:
+    """u8[frame h w 3], all of a video."""
+    with av.open(io.BytesIO(blob.data)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
 def tiles_of(inputs: dict):
@@ -92,7 +137,7 @@ def check_inputs(it: Case) -> None:
     batch = it.batch([[e] for e in it.examples])
     inputs = it.theirs(batch.tokens.shape[1])
     np.testing.assert_array_equal(batch.segments, inputs["attention_mask"])
-    np.testing.assert_array_equal(np.where(batch.segments, batch.tokens, 0), np.where(batch.segments, inputs["input_ids"], 0))
+    np.testing.assert_array_equal(np.where(batch.segments, it.ids(batch), 0), np.where(batch.segments, inputs["input_ids"], 0))
     media = batch.media["image"]
     values = media.values.reshape(-1, *media.values.shape[2:])[np.asarray(media.mask).reshape(-1)]
     assert len(values) > 3, "no image of several tiles"
@@ -160,6 +205,7 @@ def check_round_trip(it: Case, torch: Any, tmp_path: Path, opened: Callable[[Pat
     native = convert_folder(it.folder, tmp_path / "native")
     assert stored(convert_folder(native, tmp_path / "back", "hf")) == stored(it.folder)
     family, _ = describe(it.folder)
+    assert {family.in_memory(link.theirs) for link in family.links(it.cfg)} == dict(it.model.named_parameters()).keys()
     folder = export(it.params, it.cfg, tmp_path / "out", tokenizer=it.tokenizer, seq_len=512, family=family.model_type)
     assert stored(folder) == stored(it.folder)
     assert describe(folder) == (family, it.cfg)
