@@ -1,7 +1,7 @@
 """CogVLM restated in torch, with the tensor names of its folders; see mllm_jax/hf/cogvlm.py.
 
-Read beside visual.py and modeling_cogvlm.py of THUDM/cogvlm-chat-hf, and the processor of THUDM/CogVLM (utils/utils/language.py):
-which expert reads a position, and its number, follow from the types of the tokens alone.
+Held against that code (tests/golden/make_cogvlm.py).  Which expert reads a position, and its number, follow from the types of the
+tokens alone.
 """
 
 import json

@@ -25,6 +25,7 @@ from mllm_jax.hf.load import load, load_subtree
 from mllm_jax.nn.param import merge
 from mllm_jax.objectives import NextToken
 from mllm_jax.types import Blob, Example, Part, Turn
+from tests.golden.official import read
 from tests.hf import ours
 from tests.hf.test_convert import stored
 from tests.hf.test_load import rewritten, same, wanted
@@ -77,6 +78,27 @@ def batch(case):
     spec = row_spec(max(map(len, sequences)) + 2, {"image": 2}, case.cfg.inputs, 0)
     rows = [one_row(s, spec) for s in sequences]
     return jax.tree.map(jnp.asarray, collate(rows, [decode_items(row.media, case.cfg.inputs, exact=True) for row in rows], spec))
+
+
+def test_the_reference_is_the_published_code(torch):
+    """Names of all weights, logits, loss, gradients, positions and who reads them: tests/golden/make_cogvlm.py."""
+    from tests.hf import cogvlm_torch
+
+    io, weights, grads = read("cogvlm")
+    small = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 24}
+    eyes = {"hidden_size": 12, "intermediate_size": 18, "image_size": 16, "num_positions": 5}
+    model = cogvlm_torch.CogVLM(cogvlm_torch.CONFIG | small | {"vision_config": cogvlm_torch.CONFIG["vision_config"] | eyes})
+    model.load_state_dict({k: torch.tensor(v) for k, v in weights.items()})
+    given = {k: torch.tensor(v) for k, v in io.items()}
+    logits = model(given["ids"], given["types"], given["images"])[1]
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten())
+    loss.backward()
+    close(logits.detach(), io["logits"], 1e-5)
+    close(loss.detach(), io["loss"], 1e-5)
+    for name, p in model.named_parameters():
+        np.testing.assert_allclose(p.grad, grads[name], atol=1e-5 * np.abs(grads[name]).max() + 1e-7, err_msg=name)
+    np.testing.assert_array_equal(cogvlm_torch.positions(given["types"]), io["positions"])
+    np.testing.assert_array_equal(cogvlm_torch.expert(given["types"]), io["expert"])
 
 
 def test_positions_and_experts_are_those_of_the_reference(case, torch, batch):
