@@ -39,6 +39,7 @@ def hf_config(cfg: QFormerConfig, ids: Ids) -> tuple[dict, dict]:
 BERT = Family(
     model_type="bert", architecture="BertModel", config=config, hf_config=hf_config,
     # Files of before 2019 call the scale and bias of a norm gamma and beta.
+    memory=((r"^bert\.", ""),),
     layouts=((r"^(?!bert\.|cls\.)", "bert."), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     ignore=(r"^cls\.", r"\.pooler\.", r"token_type_embeddings\.weight$", r"position_ids$"),
     parts=(Part(theirs="", ours="", rows=ROWS, of=lambda c: c),))

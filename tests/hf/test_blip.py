@@ -21,6 +21,7 @@ from mllm_jax.hf.export import export
 from mllm_jax.hf.families import describe
 from mllm_jax.hf.family import differences
 from mllm_jax.hf.load import load, load_subtree
+from mllm_jax.hf.peft import save_adapter
 from mllm_jax.models.bridge import alone
 from mllm_jax.nn.param import merge, split
 from mllm_jax.objectives import NextToken
@@ -208,6 +209,25 @@ def test_a_bias_of_keys_is_left_out_and_changes_nothing(cases, torch, tmp_path):
     other = reopened(torch, type(it.model), tmp_path / "x")
     pixels = torch.randn(1, 3, 32, 32)
     close(other.vision_model(pixels).last_hidden_state.detach(), it.model.vision_model(pixels).last_hidden_state.detach(), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_and_a_trained_projection_open_in_peft(cases, torch, tmp_path):
+    """The queries are a parameter of the whole model, which PEFT does not save beside adapters inside it."""
+    peft, it = pytest.importorskip("peft"), cases["instructblip"]
+    from tests.hf.test_peft import adapted
+
+    cfg, params, changed = adapted(it.folder, ("decoder/blocks/*/attn/*",), "inputs/image/connector/out")
+    folder = save_adapter(params, cfg, tmp_path / "adapter", trained=changed, base=str(it.folder))
+    merged = export(params, cfg, tmp_path / "merged", tokenizer=it.tokenizer, seq_len=192)
+    inputs = it.theirs(torch, it.batch([[e] for e in it.made.examples]))
+    opened = peft.PeftModel.from_pretrained(reopened(torch, type(it.model), it.folder), folder).eval()
+    with torch.no_grad():
+        want = reopened(torch, type(it.model), merged)(**inputs).logits
+        close(opened(**inputs).logits, want)
+        assert (want - it.model(**inputs).logits).abs().max() > 0.1
+    with pytest.raises(ConfigError, match="query_tokens was trained besides the adapters"):
+        save_adapter(params, cfg, tmp_path / "no", trained={"inputs/image/connector/former/queries"})
 
 
 def test_retrieval(torch, tmp_path):
