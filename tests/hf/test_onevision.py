@@ -10,10 +10,13 @@ from PIL import Image
 
 from mllm_jax.cli import main
 from mllm_jax.config import ConfigError
+from mllm_jax.config import load as load_recipe
 from mllm_jax.data.layouts import AnyRes, Pooled
 from mllm_jax.data.tokenizer import load_tokenizer
+from mllm_jax.hf import llava_onevision
 from mllm_jax.hf.export import export
 from mllm_jax.hf.families import describe
+from mllm_jax.hf.family import differences
 from mllm_jax.hf.load import load
 from mllm_jax.types import Blob, Example, Part, Turn
 from tests.data.test_video import clip
@@ -110,6 +113,17 @@ def test_the_view_of_each_kind(case):
     tower = case.cfg.inputs["image"]
     assert tower.layout == AnyRes(cap=CAP) and tower.also["video"].layout == Pooled() and tower.also["video"].view.frames == 32
     assert tower.kinds["images"].view.fill == (127, 127, 127) and tower.kinds["images"].layout == tower.layout
+
+
+def test_a_published_configuration_is_the_model_of_the_recipe():
+    """What config.json of the 0.5B folder says; frames are as a question wants them there, and one a second in training."""
+    text = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+            "vocab_size": 151_936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    half = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 384, "width": 384}, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3}
+    got, want = llava_onevision.config({"model_type": "llava_onevision", "text_config": text}, half), load_recipe(
+        "resolution/llava_onevision:size=0.5b").model
+    assert set(differences(got, want)) == {f"inputs.image.also.video.view.{field}" for field in ("fps", "pick")}
 
 
 def test_there_and_back(case, torch, tmp_path):
