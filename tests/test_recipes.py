@@ -34,6 +34,7 @@ KNOBS = {
     "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
     "projector/honeybee": ("connector=c", "connector=d"),
     "projector/idefics3": ("size=8b", "size=2.2b", "size=500m", "size=256m"),
+    "projector/internvl": ("size=1b", "size=4b", "size=38b"),
     "projector/llava_15": ("size=7b", "size=13b"),
     "projector/mobilevlm": ("size=1.7b", "size=3b"),
     "projector/mobilevlm_v2": ("size=1.7b", "size=3b", "size=7b"),

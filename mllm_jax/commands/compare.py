@@ -45,7 +45,7 @@ def _spelled(a: Any, b: Any) -> Any:
 
 
 def line(value: Any) -> str:
-    text = value if isinstance(value, str) else written(value)
+    text = value if isinstance(value, str) and value and value.isprintable() else written(value)
     return text if len(text) <= WIDTH else text[: WIDTH - 4] + " ..."
 
 

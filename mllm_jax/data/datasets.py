@@ -227,6 +227,8 @@ DATASETS = {
         format="webdataset", records=400_000_000, url="https://arxiv.org/abs/2103.00020", licence="not public"
     ),
     "cogvlm_grounding_40m": Dataset(format="webdataset", records=40_000_000, url="https://arxiv.org/abs/2311.03079", licence="not public"),
+    "internvl2_5_pairs": Dataset(format="messages", url="https://arxiv.org/abs/2412.05271", licence="not public"),
+    "internvl2_5_instruct": Dataset(format="messages", url="https://arxiv.org/abs/2412.05271", licence="not public"),
     # WebLI, CC3M-35L, VQ2A-CC3M-35L, OpenImages and WIT as PaliGemma mixes them, in weights that are not published.
     # Not published: pairs of image and text; documents, questions and videos beside them; conversations.
     **{f"qwen2_vl_{name}": Dataset(format="webdataset", url="https://arxiv.org/abs/2409.12191", licence="not public")

@@ -81,6 +81,7 @@ QWEN2_0_5B = replace(QWEN2_7B, vocab=151_936, width=896, depth=24, heads=14, kv_
 QWEN2_72B = replace(QWEN2_7B, width=8192, depth=80, heads=64, kv_heads=8, mlp=29_568)
 QWEN2_1_5B = replace(QWEN2_0_5B, width=1536, depth=28, heads=12, mlp=8960)
 QWEN2_5_3B = replace(QWEN2_0_5B, width=2048, depth=36, heads=16, mlp=11_008)
+QWEN2_5_32B = replace(QWEN2_7B, width=5120, depth=64, heads=40, kv_heads=8, mlp=27_648)
 QWEN3_8B = DecoderConfig(
     vocab=151_936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp=12_288, qk_norm=True, rope=Rope(theta=1e6))
 QWEN3_1_7B = replace(QWEN3_8B, width=2048, depth=28, heads=16, mlp=6144, head="tied")

@@ -108,10 +108,13 @@ def _load(
     # Experts that the checkpoint does not have begin as copies of its dense layer.
     copies = {path for path in shapes.keys() - there.keys() if dense(path) in there}
     mine = {path: there[dense(path) if path in copies else path] for path in shapes if path in there or path in copies}
+    # A head of its own begins as the embedding that it was tied to.
+    tables = {path: path.removesuffix("head") + "embedding/table" for path in shapes.keys() - mine.keys() if path.split("/")[-1] == "head"}
+    untied = {path: there[table] for path, table in tables.items() if table in there}
     added = {path: path.removesuffix(new) + old for path in shapes.keys() - mine.keys() for new, old in ADDED.items() if path.endswith(new)}
     if grown:
-        shapes = {path: s for path, s in shapes.items() if path in mine or path in added}
-    elif missing := sorted(shapes.keys() - mine.keys() - added.keys()):
+        shapes = {path: s for path, s in shapes.items() if path in mine or path in added or path in untied}
+    elif missing := sorted(shapes.keys() - mine.keys() - added.keys() - untied.keys()):
         raise ConfigError(f"{where} ({family.model_type}) has nothing for {len(missing)} parameters: {', '.join(missing[:5])}")
     out = {}
     for path, want in shapes.items():
@@ -119,6 +122,12 @@ def _load(
             [(_, link)] = there[added[path]]
             log.info("%s: the tokens of %s are new, and the mean of those of %s", where, path, link.theirs)
             out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, there[added[path]], _mean(read, want.shape))
+            continue
+        if path in untied:
+            [(_, link)] = untied[path]
+            log.info("%s: %s is its own here, and begins as %s", where, path, link.theirs)
+            _growth(path, link.shape[::-1], want.shape, where, link.theirs)
+            out[path] = _fill(_of_type(want, read(link).dtype) if keep else want, untied[path], lambda link: read(link).T)
             continue
         stack = mine[path]
         layer, link = stack[0]
@@ -135,11 +144,12 @@ def _load(
 def _unlike(part: Any, cfg: Any) -> dict[str, tuple[Any, Any]]:
     """Where the part of a checkpoint is not what the model wants.
 
-    Tokens that are new there are no difference, nor are last layers of an encoder that nobody would run.
+    Tokens that are new there are no difference, nor are last layers of an encoder that nobody would run, nor a head of its own.
     """
     encoder, depth = (cfg.encoder, "encoder.depth") if isinstance(cfg, TowerConfig) else (cfg, "depth")
     unread = isinstance(encoder, ViTConfig) and encoder.pool == "none"
-    fine = lambda k, pair: k.endswith("added") and pair[0] == 0 or unread and k == depth and pair[0] > pair[1]
+    untied = lambda k, pair: k.split(".")[-1] == "head" and pair == ("tied", "own")
+    fine = lambda k, pair: k.endswith("added") and pair[0] == 0 or unread and k == depth and pair[0] > pair[1] or untied(k, pair)
     return {k: pair for k, pair in differences(part, cfg, FREE).items() if not fine(k, pair)}
 
 

@@ -289,6 +289,18 @@ def test_new_tokens_are_the_mean_of_the_old(saved, caplog):
     np.testing.assert_allclose(sharded["embedding/table"][96:], np.tile(table.mean(0), (96, 1)), atol=1e-6)
 
 
+def test_a_head_of_its_own_begins_as_the_embedding(saved):
+    folder = saved("qwen3").folder
+    cfg, params = load(folder)
+    assert cfg.head == "tied"
+    _, got = load(folder, replace(cfg, head="own", vocab=cfg.vocab + 7))
+    table = np.asarray(params["embedding/table"])
+    np.testing.assert_array_equal(got["head"][:, : cfg.vocab], table.T)
+    np.testing.assert_allclose(got["head"], np.asarray(got["embedding/table"]).T, atol=1e-6)
+    with pytest.raises(ConfigError, match="head is 'own' in the checkpoint and 'tied' in the model"):
+        load(saved("llama").folder, replace(load(saved("llama").folder)[0], head="tied"))
+
+
 def test_adapters_are_left_out(saved):
     folder = saved("llama").folder
     cfg, params = load(folder)

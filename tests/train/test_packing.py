@@ -29,6 +29,7 @@ ROOMS = {                               # recipe -> positions and image tiles of
     "projector/mobilevlm": (192, 3),
     "projector/paligemma": (192, 3),    # prefixes
     "projector/gemma3": (192, 3),       # spans and windows
+    "projector/internvl": (448, 15),    # and videos
     "projector/idefics3": (448, 15),    # tiles among text
     "resolution/llava_next": (448, 15),
     "resolution/llava_onevision": (448, 15),        # and videos
