@@ -31,6 +31,7 @@ from tests.synthetic import batch_for
 KNOBS = {
     "contrastive/clip": ("size=b32", "size=b16", "size=l14"),
     "contrastive/siglip": ("size=b16", "size=so400m"),
+    "experts/mm1": ("size=3b", "size=7b", "size=30b", "size=3b_64e", "size=7b_32e"),
     "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
     "projector/honeybee": ("connector=c", "connector=d"),
     "projector/idefics3": ("size=8b", "size=2.2b", "size=500m", "size=256m"),
@@ -48,8 +49,8 @@ NAMES = recipe_names()
 ALL = [f"{name}:{knobs}" if knobs else name for name in NAMES for knobs in KNOBS.get(name, ("",))]
 STAGES = [(name, stage) for name in NAMES for stage in load(name).stages]
 # transformers has no class for them; of LLaVA, because it has two linear layers between tower and decoder, never one.
-NO_CLASS = {"experts/moe_llava", "projector/honeybee", "projector/llava", "projector/mobilevlm", "projector/mobilevlm_v2", "resampler/flamingo",
-            "resampler/qwen_vl"}
+NO_CLASS = {"experts/mm1", "experts/moe_llava", "projector/honeybee", "projector/llava", "projector/mobilevlm", "projector/mobilevlm_v2",
+            "resampler/flamingo", "resampler/qwen_vl"}
 REMOTE = {"CogVLMForCausalLM"}          # whose class is code on the Hub
 
 

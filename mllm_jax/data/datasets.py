@@ -234,6 +234,10 @@ DATASETS = {
     **{f"qwen2_vl_{name}": Dataset(format="webdataset", url="https://arxiv.org/abs/2409.12191", licence="not public")
        for name in ("pairs", "mixture", "instruct")},
     "paligemma_mixture": Dataset(format="webdataset", url="https://arxiv.org/abs/2407.07726", licence="not public"),
+    # Web documents, pairs of six sets, text; and what MM1 was tuned with.
+    **{f"mm1_{name}": Dataset(format=form, records=n, url="https://arxiv.org/abs/2403.09611", licence="not public")
+       for name, form, n in (("documents", "parquet", 500_000_000), ("captions", "webdataset", 0), ("text", "parquet", 0),
+                             ("instruct_1450k", "messages", 1_450_000))},
     "webli": Dataset(
         format="webdataset", records=10_000_000_000, url="https://arxiv.org/abs/2209.06794", licence="not public"
     ),

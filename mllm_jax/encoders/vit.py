@@ -82,6 +82,8 @@ CLIP_B16_224 = ViTConfig(width=768, depth=12, heads=12, mlp=3072, patch=16, grid
 CLIP_L14_224 = ViTConfig(width=1024, depth=24, heads=16, mlp=4096, patch=14, grid=16)
 CLIP_L14_336 = replace(CLIP_L14_224, grid=24)
 OPENCLIP_H14_224 = ViTConfig(width=1280, depth=32, heads=16, mlp=5120, patch=14, grid=16, activation="gelu")
+# Of Data Filtering Networks (arXiv:2309.17425), trained at 224 pixels and then at these; with the activation of the first CLIP.
+CLIP_H14_378 = replace(OPENCLIP_H14_224, grid=27, activation="quick_gelu", final_norm=True)
 # As Qwen-VL reads it: without class token and last norm, its table of 16x16 positions stretched over 32x32 patches.
 OPENCLIP_BIGG_14_448 = ViTConfig(
     width=1664, depth=48, heads=16, mlp=8192, patch=14, grid=32, table=16, class_token=False, pool="none", activation="gelu",

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, load
 from mllm_jax.encoders import vit
+from mllm_jax.hf.family import parameter_shapes
 from mllm_jax.nn.param import merge, split
 from mllm_jax.types import Media
 from tests.contracts import check_encoder
@@ -82,3 +83,13 @@ def test_what_does_not_fit_is_said():
         replace(SIGLIP, pool="class").build(rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="pool='none' has no vector"):
         replace(CLIP, pool="none").build(rngs=nnx.Rngs(0)).embed(media(CLIP))
+
+
+def test_a_model_reads_more_pixels_with_the_same_parameters():
+    """MM1 goes from 378 pixels to five times 672: tables of positions are stretched, so that one stage begins with those of the other."""
+    recipe = load("experts/mm1")
+    low, high = recipe.stages["pretrain"].model, recipe.model
+    assert parameter_shapes(low) == parameter_shapes(high)
+    tokens = [m.inputs["image"].num_tokens(m.inputs["image"].nominal.grid) for m in (low, high)]
+    assert tokens == [(1, 12, 12)] * 2 and high.inputs["image"].nominal.tiles == 5
+    assert [m.inputs["image"].nominal.grid for m in (low, high)] == [(1, 27, 27), (1, 48, 48)]

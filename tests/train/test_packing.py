@@ -23,6 +23,7 @@ from tests.synthetic import randomized
 
 EXAMPLES = 10
 ROOMS = {                               # recipe -> positions and image tiles of a row
+    "experts/mm1": (448, 15),           # tiles through convolutions
     "experts/cogvlm": (192, 3),         # kinds, marks, and patches that share a position
     "projector/honeybee": (192, 3),     # convolutions over the patches of an item
     "projector/llava_15": (192, 3),
