@@ -81,7 +81,10 @@ def describe(folder: Path) -> tuple[Family, Any]:
     if "model_type" not in hf and not named:
         raise ConfigError(f"{folder}/config.json has no model_type; supported are {', '.join(FAMILIES)}")
     found = next((f for f in named if f.model_type == hf.get("model_type", f.model_type)), None) or family(hf["model_type"])
-    pre = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor") or {}
+    whole = _json(folder / "processor_config.json")
+    pre = _json(folder / "preprocessor_config.json") or whole.get("image_processor") or {}
+    if video := _json(folder / "video_preprocessor_config.json") or whole.get("video_processor"):
+        pre = pre | {"video_processor": video}
     try:
         cfg = found.config(hf, pre)
         for beside, path in found.tokenizers.items():

@@ -3,9 +3,8 @@
 Files hold the names of the first two as they were before `language_model`, which is also written.  Published configurations
 of them are flat: what is said of the language model stands beside `vision_config`.
 
-Surprises of transformers 5.23: after a video with more steps than rows and columns its prompt counts on from rows and columns,
-and its answer from the largest position; here, as in the published code, both go on after the largest.  It reads
-no option of videos from config.json, so their view is the default one of `videos`.
+Surprise of transformers 5.23: after a video with more steps than rows and columns its prompt counts on from rows and columns,
+and its answer from the largest position; here, as in the published code, both go on after the largest.
 """
 
 import math
@@ -44,19 +43,42 @@ SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (2
 TAGS = {"video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
 
 
-def videos(view: Native, patch: int) -> Frames:
-    """Two frames a second, 128 to 768 tokens a pair of frames, and 115,200 in all, as qwen_vl_utils reads them."""
-    token = (patch * view.merge) ** 2
-    each = replace(view, min_pixels=128 * token, max_pixels=768 * token)
-    return Frames(view=each, frames=768, fps=2.0, least=4, pick="nearest", budget=view.steps * int(128_000 * token * 0.9))
+def videos(view: Native, patch: int, pre: Mapping[str, Any] | None = None) -> Frames:
+    """What the video processor does, or without one qwen_vl_utils: two frames a second, of 128 to 768 tokens, 115,200 in all.
+
+    That of Qwen3-VL limits all frames together, here as with its `cap_pixels_per_frame`.
+    """
+    pre, token = pre or {}, (patch * view.merge) ** 2
+    size = {"shortest_edge": 128 * token, "longest_edge": 768 * token} | (pre.get("size") or {})
+    most, total = int(size["longest_edge"]), view.steps * int(pre.get("max_video_tokens", 128_000) * token * 0.9)
+    if str(pre.get("video_processor_type", "")).startswith("Qwen3"):
+        most, total = pre.get("max_video_tokens", 768) * token, most
+    return Frames(
+        view=replace(view, min_pixels=int(size["shortest_edge"]), max_pixels=most), frames=pre.get("max_frames", 768),
+        fps=float(pre.get("fps") or 2.0), least=pre.get("min_frames", 4), pick="nearest", budget=total)
 
 
-def tower(kind: str, encoder: NativeViTConfig, view: Native, *, rate: float | None = None) -> TowerConfig:
+def processor(kind: str, cfg: MLLMConfig) -> dict[str, Any]:
+    """processor_config.json: how videos are read."""
+    encoder, frames = cfg.inputs["image"].encoder, cfg.inputs["image"].also["video"].view
+    new, token = kind == "qwen3_vl", (encoder.patch * frames.view.merge) ** 2
+    total = frames.budget or frames.frames * frames.view.max_pixels
+    return {
+        "video_processor": {
+            "video_processor_type": f"Qwen{3 if new else 2}VLVideoProcessor", "do_sample_frames": True, "fps": frames.fps,
+            "min_frames": frames.least, "max_frames": frames.frames, "cap_pixels_per_frame": True,
+            "size": {"shortest_edge": frames.view.min_pixels, "longest_edge": total if new else frames.view.max_pixels},
+            "max_video_tokens": frames.view.max_pixels // token if new else round(total / frames.view.steps / 0.9 / token),
+            **{k: v for k, v in their_view(frames.view, encoder).items() if k not in ("image_processor_type", "size", "min_pixels", "max_pixels")},
+        },
+    }  # fmt: skip
+
+
+def tower(kind: str, encoder: NativeViTConfig, view: Native, video: Frames, *, rate: float | None = None) -> TowerConfig:
     """How images and videos enter a model of this `model_type`; `rate` is of positions of a second of video."""
     connector = MergeConfig(side=view.merge, norm=encoder.norm, deep=len(encoder.deep))
     layout = {"qwen2_vl": None, "qwen2_5_vl": Spans(rate=rate), "qwen3_vl": QWEN3_VIDEO}[kind]
-    video = Also(view=videos(view, encoder.patch), layout=layout)
-    return TowerConfig(view=view, encoder=encoder, connector=connector, place="grid", also={"video": video})
+    return TowerConfig(view=view, encoder=encoder, connector=connector, place="grid", also={"video": Also(view=video, layout=layout)})
 
 
 def config(kind: str, hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConfig:
@@ -67,9 +89,9 @@ def config(kind: str, hf: Mapping[str, Any], pre: Mapping[str, Any]) -> MLLMConf
     if decoder.rope.sections is None:
         decoder = replace(decoder, rope=replace(decoder.rope, sections=SECTIONS[kind]))
     decoder = replace(decoder, rope=replace(decoder.rope, interleaved=kind == "qwen3_vl"))
-    encoder = vit(kind, vision, pre)
-    rate = vision.get("tokens_per_second")
-    return MLLMConfig(inputs={"image": tower(kind, encoder, view(vision, pre), rate=rate and float(rate))}, decoder=decoder)
+    encoder, images, rate = vit(kind, vision, pre), view(vision, pre), vision.get("tokens_per_second")
+    video = videos(images, encoder.patch, pre.get("video_processor"))
+    return MLLMConfig(inputs={"image": tower(kind, encoder, images, video, rate=rate and float(rate))}, decoder=decoder)
 
 
 def vit(kind: str, hf: Mapping[str, Any], pre: Mapping[str, Any]) -> NativeViTConfig:
@@ -195,7 +217,7 @@ def family(kind: str, name: str, like: Any) -> Family:
         model_type=kind, architecture=f"{name}ForConditionalGeneration",
         config=lambda hf, pre: config(kind, hf, pre), hf_config=lambda cfg, ids: hf_config(kind, cfg, ids),
         like=lambda c: isinstance(c, MLLMConfig) and any(type(t.encoder) is NativeViTConfig and like(t.encoder) for t in c.inputs.values()),
-        processor_class=f"{name}Processor",
+        processor=lambda cfg: processor(kind, cfg), processor_class=f"{name}Processor",
         parts=(
             Part(theirs=visual, ours="inputs/image/encoder/", rows=ours, of=lambda c: c.inputs["image"].encoder),
             Part(theirs=visual, ours="inputs/image/connector/", rows=connector, of=lambda c: c.inputs["image"].connector),

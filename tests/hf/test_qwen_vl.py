@@ -327,6 +327,23 @@ def test_frames_of_long_videos_are_small():
     assert (most(4), most(300), most(768)) == (768, 768, 300)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_how_videos_are_read_is_written_and_read(cases, tmp_path, name):
+    """Limits of each frame and of all; those of Qwen3-VL are of all, and a frame has its part of them."""
+    it = cases[name]
+    tower = it.cfg.inputs["image"]
+    view = replace(tower.also["video"].view, frames=100, fps=1.0, least=6, budget=2 * 450 * 256)
+    view = replace(view, view=replace(view.view, min_pixels=8 * 256, max_pixels=30 * 256))
+    model = replace(it.cfg, inputs={"image": replace(tower, also={"video": replace(tower.also["video"], view=view)})})
+    folder = export(it.params, model, tmp_path / "out", tokenizer=it.tokenizer, seq_len=512)
+    assert describe(folder)[1] == model
+    (folder / "processor_config.json").unlink()
+    assert describe(folder)[1] == it.cfg
+    hub = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "video_processor_type": "Qwen3VLVideoProcessor"}
+    most = lambda n: videos(Native(), 16, hub)._view(n).max_pixels / 32**2
+    assert (most(4), most(64), most(768)) == (768, 384, 32)
+
+
 def test_the_first_files_are_flat(cases, tmp_path):
     """As published: the language model beside the tower, "mrope" among the rotations, limits beside the size."""
     it = cases["qwen2_vl"]
