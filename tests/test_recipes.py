@@ -32,6 +32,7 @@ KNOBS = {
     "contrastive/clip": ("size=b32", "size=b16", "size=l14"),
     "contrastive/siglip": ("size=b16", "size=so400m"),
     "experts/mm1": ("size=3b", "size=7b", "size=30b", "size=3b_64e", "size=7b_32e"),
+    "experts/moe_llava": ("size=1.6b", "size=2.7b"),
     "projector/gemma3": ("size=4b", "size=12b", "size=27b"),
     "projector/honeybee": ("connector=c", "connector=d"),
     "projector/idefics3": ("size=8b", "size=2.2b", "size=500m", "size=256m"),

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.config import config
+from mllm_jax.config import ConfigError, config
 from mllm_jax.decoders.layers import Layer, Memory, Scene
 from mllm_jax.nn import stack, visibility
 from mllm_jax.nn.attention import LayerCache
 from mllm_jax.nn.block_config import BlockConfig
-from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param
+from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param, zeros
 from mllm_jax.nn.position import LinearScaling, Llama3Scaling, Rope, Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain
@@ -31,7 +31,7 @@ class DecoderConfig(BlockConfig):
     positions: int | None = None        # size of the learned table
     position_offset: int = 0            # row of the table that is position 0 (2 in OPT and BART)
     causal: bool = True                 # False: a position sees all of its segment (text tower of SigLIP)
-    head: str = "own"                   # what makes logits: its "own" matrix, the "tied" embedding, or "none"
+    head: str = "own"                   # what makes logits: its "own" matrix, one with a bias ("biased"), the "tied" embedding, or "none"
     embed_scale: float = 1.0            # factor on the embeddings (Gemma: the root of the width)
     added: int = 0                      # so many tokens, the last ones, came later: their rows are parameters of their own
     cycle: tuple[Any, ...] = (Layer(),)     # layer i is of the kind i modulo so many: decoders/layers.py
@@ -88,6 +88,9 @@ QWEN3_1_7B = replace(QWEN3_8B, width=2048, depth=28, heads=16, mlp=6144, head="t
 QWEN3_4B = replace(QWEN3_8B, width=2560, mlp=9728, head="tied")
 STABLELM_2_1_6B = DecoderConfig(
     vocab=100_352, width=2048, depth=24, heads=32, mlp=5632, norm=LayerNorm(), qkv_bias=True, rope=Rope(part=0.25))
+PHI_2 = DecoderConfig(
+    vocab=51_200, width=2560, depth=32, heads=32, mlp=10_240, gated=False, activation="gelu_tanh", norm=LayerNorm(), norms="parallel",
+    qkv_bias=True, out_bias=True, mlp_bias=True, rope=Rope(part=0.4), head="biased")
 GEMMA_2B = DecoderConfig(
     vocab=256_000, width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp=16_384, activation="gelu_tanh",
     norm=RMSNorm(offset=1.0), head="tied", embed_scale=2048**0.5)
@@ -127,23 +130,29 @@ class Cache:
 class Decoder(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
+        if cfg.head == "biased" and cfg.added:
+            raise ConfigError(f"added={cfg.added} tokens beside a head with a bias are not supported; let the vocabulary grow, with added=0")
         old = cfg.vocab - cfg.added
         self.embedding = Embedding(old, cfg.width, added=cfg.added, rngs=rngs)
         self.position = param(rngs, (cfg.positions, cfg.width), "position embed", normal(0.01)) if cfg.rope is None else None
         self.blocks = stack.make([lambda r, layer=layer: layer.build(cfg, rngs=r) for layer in cfg.cycle], cfg.depth, rngs=rngs)
         self.norm = cfg.norm.build(cfg.width, rngs=rngs)
-        self.head = param(rngs, (cfg.width, old), "embed vocab", normal(0.02)) if cfg.head == "own" else None
+        self.head = param(rngs, (cfg.width, old), "embed vocab", normal(0.02)) if cfg.head in ("own", "biased") else None
+        self.head_bias = param(rngs, (old,), "vocab", zeros) if cfg.head == "biased" else None
         self.head_added = param(rngs, (cfg.width, cfg.added), "embed vocab", normal(0.02)) if cfg.head == "own" and cfg.added else None
 
     @property
     def unembed(self) -> jax.Array | None:
-        """f32[d v]: hidden @ unembed are the logits."""
+        """f32[d v]: hidden @ unembed are the logits.  A bias is the last row, and hidden states end in a 1."""
         if self.cfg.head == "none":
             return None
         tied = self.head is None
         tables = (self.embedding.table, self.embedding.added) if tied else (self.head, self.head_added)
         # Gathered here, once, and not in every chunk of the loss; and before they are joined, for their parts lie on other devices.
         parts = [constrain(x[...].T if tied else x[...], "embed_act vocab") for x in tables if x is not None]
+        if self.head_bias is not None:
+            bias = constrain(self.head_bias[...][None], "embed_act vocab")
+            return constrain(jnp.concatenate([parts[0], bias]), "embed_act vocab")
         return parts[0] if len(parts) == 1 else constrain(jnp.concatenate(parts, axis=1), "embed_act vocab")
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -153,7 +162,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: jax.Array, batch: Batch, *, memory: Memory | None = None, deep: jax.Array | None = None, cache: Cache | None = None,
     ) -> tuple[jax.Array, dict[str, Mean], Cache | None]:
-        """Embeddings f[b s d] -> (hidden states f[b s d], auxiliary losses, the cache with these positions in it).
+        """Embeddings f[b s d] -> (hidden states f[b s d], d + 1 where the head is biased, auxiliary losses, the cache with these positions in it).
 
         `deep` f[n b s d] is added to what the first n layers give (DeepStack, arXiv:2406.04334).
         """
@@ -184,7 +193,10 @@ class Decoder(nnx.Module):
         if cache is not None:
             keys = tuple(kept for _, kept in outs) if new else cache.keys
             cache = replace(cache, k=kv[0], v=kv[1], index=cache.index + x.shape[1], keys=keys)
-        return self.norm(x), aux, cache
+        x = self.norm(x)
+        if self.head_bias is not None:
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        return x, aux, cache
 
     def locate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeddings f[b s d] with the learned vectors of i32[b s 3] added, where positions are learned."""

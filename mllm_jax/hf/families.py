@@ -22,6 +22,7 @@ from mllm_jax.hf import (
     llava_onevision,
     opt,
     paligemma,
+    phi,
     qwen,
     qwen_vl,
     siglip,
@@ -34,7 +35,7 @@ FAMILIES: dict[str, Family] = {
     for f in (
         clip.CLIP, clip.CLIP_VISION, siglip.SIGLIP, siglip.SIGLIP_VISION,
         llama.LLAMA, llama.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA, gemma.GEMMA3_TEXT, opt.OPT,
-        stablelm.STABLELM,
+        phi.PHI, stablelm.STABLELM,
         paligemma.PALIGEMMA,
         gemma3.GEMMA3,
         idefics.IDEFICS,

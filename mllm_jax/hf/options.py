@@ -48,6 +48,17 @@ def rope(hf: Mapping[str, Any]) -> Rope:
     raise ConfigError(f"rope_type={kind!r} is not supported; supported are default, linear, llama3")
 
 
+def partial(hf: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """The configuration without `partial_rotary_factor`, the part of a head that turns, which has two places; and that part."""
+    parameters = dict(hf.get("rope_parameters") or {})
+    part = parameters.pop("partial_rotary_factor", hf["partial_rotary_factor"])
+    return {**hf, "rope_parameters": parameters}, part
+
+
+def their_partial(out: Mapping[str, Any], part: float) -> dict[str, Any]:
+    return {**out, "partial_rotary_factor": part, "rope_parameters": {**out["rope_parameters"], "partial_rotary_factor": part}}
+
+
 def their_rope(r: Rope | None) -> dict[str, Any]:
     """Both spellings: transformers 4 would read its default, and be wrong in silence, without the older one."""
     if r is None:

@@ -7,7 +7,7 @@ from typing import Any
 from mllm_jax.config import ConfigError
 from mllm_jax.decoders.transformer import DecoderConfig
 from mllm_jax.hf.llama import DEFAULTS, causal_lm, decoder, their_decoder
-from mllm_jax.hf.options import Ids
+from mllm_jax.hf.options import Ids, partial, their_partial
 from mllm_jax.nn.param import LayerNorm
 
 OWN = DEFAULTS | {
@@ -21,16 +21,15 @@ def stablelm(hf: Mapping[str, Any], pre: Mapping[str, Any]) -> DecoderConfig:
     for key in ("qk_layernorm", "use_parallel_residual"):
         if hf.get(key):
             raise ConfigError(f"stablelm: {key}=true, of StableLM 2 12B, is not supported; the models of 1.6B and 3B have it not")
-    ropes = dict(hf.get("rope_parameters") or {})
-    part = ropes.pop("partial_rotary_factor", hf["partial_rotary_factor"])
-    cfg = decoder(hf | {"rope_parameters": ropes}, qkv_bias=hf["use_qkv_bias"])
+    hf, part = partial(hf)
+    cfg = decoder(hf, qkv_bias=hf["use_qkv_bias"])
     return replace(cfg, norm=LayerNorm(eps=hf["layer_norm_eps"]), rope=replace(cfg.rope, part=part))
 
 
 def their_stablelm(cfg: DecoderConfig, ids: Ids) -> tuple[dict, dict]:
     out = their_decoder(cfg, ids, "stablelm")
-    own = {"layer_norm_eps": out.pop("rms_norm_eps"), "use_qkv_bias": cfg.qkv_bias, "partial_rotary_factor": cfg.rope.part}
-    return out | own | {"rope_parameters": out["rope_parameters"] | {"partial_rotary_factor": cfg.rope.part}}, {}
+    own = {"layer_norm_eps": out.pop("rms_norm_eps"), "use_qkv_bias": cfg.qkv_bias}
+    return their_partial(out, cfg.rope.part) | own, {}
 
 
 STABLELM = causal_lm("stablelm", "StableLmForCausalLM", stablelm, their_stablelm,

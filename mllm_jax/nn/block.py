@@ -4,6 +4,7 @@
     "after"     x + norm(f(x))              EVA-02-CLIP-E, Swin v2
     "both"      x + norm(f(norm(x)))        Gemma 2 and 3
     "outside"   norm(x + f(x))              BERT, the first transformer (arXiv:1706.03762)
+    "parallel"  x + f(norm(x)) + g(norm(x)) Phi, GPT-J: one norm, and both halves read it
 
 f is attention, and then the feed-forward layer, which another module may take the place of (experts).
 """
@@ -22,7 +23,7 @@ from mllm_jax.nn.position import Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.types import Mean
 
-NORMS = ("before", "after", "both", "outside")
+NORMS = ("before", "after", "both", "outside", "parallel")
 
 
 class Block(nnx.Module):
@@ -37,7 +38,7 @@ class Block(nnx.Module):
         self.norm1_after = norm() if cfg.norms == "both" else None
         scale = lambda: None if cfg.layer_scale is None else LayerScale(cfg.width, cfg.layer_scale, rngs=rngs)
         self.scale1 = scale()
-        self.norm2 = norm()
+        self.norm2 = norm() if cfg.norms != "parallel" else None
         self.mlp = MLP(cfg, rngs=rngs) if mlp is None else mlp.build(cfg, rngs=rngs)
         self.norm2_after = norm() if cfg.norms == "both" else None
         self.scale2 = scale()
@@ -58,14 +59,15 @@ class Block(nnx.Module):
         `mask` bool[b s] says which positions are real, and `draws` u32[b] are random bits for training; only layers
         that route tokens read them.
         """
-        y, cache = self.attn(self._before(self.norm1, x), visibility, window=window, rotation=rotation, cache=cache)
+        z = self._before(self.norm1, x)
+        y, cache = self.attn(z, visibility, window=window, rotation=rotation, cache=cache)
         x = self._join(x, y if self.scale1 is None else self.scale1(y), self.norm1, self.norm1_after)
-        y = self._before(self.norm2, x)
-        y, aux = self.mlp(y, mask, draws) if self.sparse else (self.mlp(y), {})
+        z = z if self.norms == "parallel" else self._before(self.norm2, x)
+        y, aux = self.mlp(z, mask, draws) if self.sparse else (self.mlp(z), {})
         return self._join(x, y if self.scale2 is None else self.scale2(y), self.norm2, self.norm2_after), cache, aux
 
     def _before(self, norm: nnx.Module, x: jax.Array) -> jax.Array:
-        return norm(x) if self.norms in ("before", "both") else x
+        return norm(x) if self.norms in ("before", "both", "parallel") else x
 
     def _join(self, x: jax.Array, y: jax.Array, norm: nnx.Module, after: nnx.Module | None) -> jax.Array:
         if self.norms == "outside":

@@ -156,8 +156,8 @@ def _decoder(
         yield path, passes, LAYERS[type(layer)](cfg, layer, f"{path}/blocks/{j}", layers, counts, f"{path}/blocks")
     if cfg.head != "none":
         passes = passes or trains(f"{path}/blocks") or trains(f"{path}/norm")
-        old, new = ("head", "head_added") if cfg.head == "own" else ("embedding/table", "embedding/added")
-        yield path, passes, [Matmul(path=f"{path}/{matrix}", inputs=cfg.width, outputs=n, times=counts.trained)
+        old, new = ("head", "head_added") if cfg.head in ("own", "biased") else ("embedding/table", "embedding/added")
+        yield path, passes, [Matmul(path=f"{path}/{matrix}", inputs=cfg.width + (cfg.head == "biased"), outputs=n, times=counts.trained)
                              for matrix, n in ((old, cfg.vocab - cfg.added), (new, cfg.added))]
 
 

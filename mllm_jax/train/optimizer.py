@@ -10,7 +10,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.recipe import SGD, Adafactor, Adam, Lion, Optimizer
 
 # Leaves that say how much, not what: decaying them pulls norms and gates away from the identity.
-NO_DECAY = {"bias", "scale", "log_scale", "gate", "class_token"}
+NO_DECAY = {"bias", "head_bias", "scale", "log_scale", "gate", "class_token"}
 
 RULES = {
     Adam: lambda o: optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),

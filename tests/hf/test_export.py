@@ -33,7 +33,7 @@ def reopened(torch, auto, folder, **kwargs):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama_biased", "llama_linear", "opt", "stablelm"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "llama_biased", "llama_linear", "opt", "stablelm", "phi"])
 def test_language_model_comes_back(saved, torch, tmp_path, name):
     from transformers import AutoModelForCausalLM
 

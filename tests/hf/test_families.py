@@ -44,6 +44,11 @@ PUBLISHED = {
         "opt", llm.OPT_2_7B,
         {"activation_function": "relu", "do_layer_norm_before": True, "ffn_dim": 10240, "hidden_size": 2560, "max_position_embeddings": 2048,
          "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 50272, "word_embed_proj_dim": 2560}),
+    "microsoft/phi-2": (
+        "phi", llm.PHI_2,
+        {"hidden_act": "gelu_new", "hidden_size": 2560, "intermediate_size": 10240, "layer_norm_eps": 1e-5, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 32, "partial_rotary_factor": 0.4, "qk_layernorm": False, "rope_theta": 10000.0,
+         "vocab_size": 51200}),
     "stabilityai/stablelm-2-1_6b": (
         "stablelm", llm.STABLELM_2_1_6B,
         {"hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5632, "layer_norm_eps": 1e-5, "max_position_embeddings": 4096,

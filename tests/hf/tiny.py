@@ -39,6 +39,8 @@ DECODERS = {
     "opt": lambda: hf.OPTConfig(
         vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
         pad_token_id=None),             # whose gradient torch would leave out
+    "phi": lambda: hf.PhiConfig(**LM, qk_layernorm=True, rope_parameters={"rope_type": "default", "rope_theta": 1e3,
+                                                                         "partial_rotary_factor": 0.25}),
     "stablelm": lambda: hf.StableLmConfig(**LM, use_qkv_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 1e3,
                                                                                     "partial_rotary_factor": 0.5}),
     "llama_linear": lambda: hf.LlamaConfig(**LM, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),

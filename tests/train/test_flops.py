@@ -118,6 +118,7 @@ CASES = {
     "read from memory": (FLAMINGO, "*"),
     "only the readers": (FLAMINGO, "decoder/blocks/*/reads/*"),
     "only what is read": (FLAMINGO, "inputs/image/connector/*"),
+    "a head with a bias": (replace(MLLM, decoder=replace(LLM, norms="parallel", head="biased")), "*"),
     "adapters": (LoRA(model=MLLM, rank=4, alpha=8, targets=("decoder/*",)), "*/lora/*"),
     "a dual encoder": (DUAL, "*"),
     "attention pooling": (MAP, "*"),
