@@ -50,7 +50,7 @@ def stages(name: str) -> dict[str, tuple[float, float]]:
 
 
 def child(name: str) -> dict[str, tuple[float, float]]:
-    core = str(min(os.sched_getaffinity(0)))
+    core = os.environ.get("CORE") or str(min(os.sched_getaffinity(0)))
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = ["taskset", "-c", core, sys.executable, __file__, "--here", name]
     return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
