@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if common.is_run(Path(args.model)):
         import jax.numpy as jnp
 
-        from mllm_jax.data.templates import chat_template
+        from mllm_jax.data.templates import chat_template, generation
         from mllm_jax.hf.export import export
         from mllm_jax.hf.peft import without_adapters
 
@@ -43,8 +43,10 @@ def run(args: argparse.Namespace) -> int:
         if args.adapter:
             return _adapter(args, recipe, params, running, family=args.family, dtype=dtype)
         params, cfg = without_adapters(params, cfg) if args.base else (params, cfg)
-        chat = chat_template(common.text_of(recipe, cfg)[0], tokenizer) if hasattr(cfg, "decoder") else None
-        export(params, cfg, args.out, tokenizer=tokenizer, chat_template=chat, family=args.family, dtype=dtype)
+        template = common.text_of(recipe, cfg)[0]
+        writes = {} if not hasattr(cfg, "decoder") else {
+            "chat_template": chat_template(template, tokenizer), "generation": generation(template, tokenizer)}
+        export(params, cfg, args.out, tokenizer=tokenizer, **writes, family=args.family, dtype=dtype)
     else:
         from mllm_jax.config import ConfigError
         from mllm_jax.hf.convert import convert_folder

@@ -448,6 +448,12 @@ def chat_template(name: str, tokenizer: Any) -> str:
     return "" if name == "paligemma" else Template(name, tokenizer).jinja
 
 
+def generation(name: str, tokenizer: Any) -> dict[str, int | list[int]]:
+    """What generation_config.json says of the end of an answer, so that transformers stops where we do."""
+    stops = list(Template(name, tokenizer).stops)
+    return {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+
+
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` as marks in the text.
 

@@ -15,7 +15,7 @@ import jax
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError, load, override
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.templates import chat_template
+from mllm_jax.data.templates import chat_template, generation
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.evaluation.report import write_report
 from mllm_jax.evaluation.run import evaluate
@@ -171,9 +171,10 @@ def _export(run: Run, stage: str, params: Params) -> None:
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
     tokenizer = run.tokenizer_of(stage)
-    chat = chat_template(data.template, tokenizer) if hasattr(model, "decoder") else None
+    writes = {} if not hasattr(model, "decoder") else {
+        "chat_template": chat_template(data.template, tokenizer), "generation": generation(data.template, tokenizer)}
     try:
-        export(params, model, folder, tokenizer=tokenizer, chat_template=chat, seq_len=data.seq_len)
+        export(params, model, folder, tokenizer=tokenizer, seq_len=data.seq_len, **writes)
     except CannotExpress as error:
         if jax.process_index() == 0:
             print(f"no Hugging Face folder: {error}; the run itself can be evaluated, and generated from", flush=True)

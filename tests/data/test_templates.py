@@ -8,7 +8,7 @@ import pytest
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.templates import TEMPLATES, TOKENS, Template, chat_template, encode_pair
+from mllm_jax.data.templates import TEMPLATES, TOKENS, Template, chat_template, encode_pair, generation
 from mllm_jax.data.tokenizer import load_tokenizer, placeholder
 from mllm_jax.types import Part, Turn
 
@@ -207,6 +207,8 @@ def test_stops_are_what_ends_an_answer(tokenizer):
     assert [tokenizer.decode([i]) for i in Template("chatml", tokenizer).stops] == ["</s>", "<|im_end|>"]
     assert [tokenizer.decode([i]) for i in Template("caption", tokenizer).stops] == ["</s>", "\n"]
     assert Template("vicuna_v1", tokenizer).stops == (tokenizer.eos_token_id,)
+    assert generation("vicuna_v1", tokenizer) == {"eos_token_id": tokenizer.eos_token_id}
+    assert generation("blip2", tokenizer) == {"eos_token_id": list(Template("caption", tokenizer).stops)}
 
 
 def test_a_template_survives_pickling(tokenizer):
