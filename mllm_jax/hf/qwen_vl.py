@@ -165,7 +165,8 @@ def hf_config(kind: str, cfg: MLLMConfig, ids: Ids) -> tuple[dict, dict]:
     tower = cfg.inputs.get("image")
     if len(cfg.inputs) != 1 or tower is None or type(tower.encoder) is not NativeViTConfig or type(tower.view) is not Native:
         raise ConfigError(f"the family {kind!r} has one input, image, of native resolution; the model has {sorted(cfg.inputs)}")
-    if "video" not in tower.also:
+    video = tower.also.get("video")
+    if video is None or not isinstance(video.view, Frames) or (kind == "qwen2_5_vl" and getattr(video.layout, "rate", None) is None):
         raise ConfigError(f"the family {kind!r} reads videos too; give the tower also={{'video': ...}}, as tower() of hf/qwen_vl.py does")
     text = (qwen.their_qwen3 if kind == "qwen3_vl" else qwen.their_qwen2)(cfg.decoder, ids)[0]
     tags = {key: ids.tokens[token] for key, token in TAGS.items() if token in ids.tokens} | (

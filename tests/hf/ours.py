@@ -37,15 +37,16 @@ def media(rows: list[list[bytes]], view, patch: int, slot: np.ndarray) -> Media:
     return Media(values=jnp.asarray(values), coords=jnp.asarray(coords), mask=jnp.asarray(mask), slot=jnp.asarray(slot, jnp.int32))
 
 
-def decoder_states(decoder, x, b: Batch, memory=None) -> list[jax.Array]:
-    """What enters each layer, and what leaves the last, before the norm."""
+def decoder_states(decoder, x, b: Batch, memory=None, deep=None) -> list[jax.Array]:
+    """What enters the first layer, and what leaves each: before levels `deep` are added, and before the norm."""
     cfg, scene, rotations = decoder.cfg, decoder.scene(b, memory), decoder.rotations(b.positions)
     x = decoder.locate(x, b.positions)
 
     def step(carry, layer, i, j):
         x, states = carry
         x = layer(x, scene, rotations[j])[0]
-        return (x, states.at[i + 1].set(x)), None
+        more = 0 if deep is None else jnp.where(i < len(deep), deep[jnp.minimum(i, len(deep) - 1)], 0)
+        return (x + more, states.at[i + 1].set(x)), None
 
     empty = jnp.zeros((cfg.depth + 1, *x.shape)).at[0].set(x)
     return list(stack.run(decoder.blocks, step, (x, empty), depth=cfg.depth)[0][1])

@@ -245,12 +245,13 @@ def test_states_logits_loss_and_gradients(cases, torch, name):
 
     def score(params, batch):
         model = merge(it.graph, params)
-        x, o = model.embed(batch).x, model(batch)
-        return NextToken().score(o, batch)["loss"].value, (ours.decoder_states(model.decoder, x, batch), o.hidden, o.hidden @ o.unembed)
+        enter, o = model.embed(batch), model(batch)
+        states = ours.decoder_states(model.decoder, enter.x, batch, deep=enter.deep)
+        return NextToken().score(o, batch)["loss"].value, (states, o.hidden, o.hidden @ o.unembed)
 
     run = jax.jit(jax.value_and_grad(score, has_aux=True))
     (value, (states, hidden, logits)), gradients = run(it.params, batch)
-    for k in range(it.cfg.decoder.depth if name != "qwen3_vl" else 1):      # levels are added on the way: the logits tell
+    for k in range(it.cfg.decoder.depth):
         close(np.asarray(states[k])[:, :s][real], out.hidden_states[k].detach()[real])
     close(np.asarray(hidden)[:, :s][real], out.hidden_states[-1].detach()[real])
     close(np.asarray(logits)[:, :s][real], out.logits.detach()[real])
@@ -339,6 +340,9 @@ def test_how_videos_are_read_is_written_and_read(cases, tmp_path, name):
     assert describe(folder)[1] == model
     (folder / "processor_config.json").unlink()
     assert describe(folder)[1] == it.cfg
+    blind = replace(it.cfg, inputs={"image": replace(tower, also={})})
+    with pytest.raises(ConfigError, match=f"the family '{name}' reads videos too; give the tower also="):
+        export(it.params, blind, tmp_path / "blind", tokenizer=it.tokenizer)
     hub = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "video_processor_type": "Qwen3VLVideoProcessor"}
     most = lambda n: videos(Native(), 16, hub)._view(n).max_pixels / 32**2
     assert (most(4), most(64), most(768)) == (768, 384, 32)
