@@ -39,7 +39,7 @@ mark { background: #ffe9a8; border-radius: 3px; padding: .1em 0; color: inherit;
 .media { display: flex; width: max-content; gap: .6rem; align-items: center; margin: .3rem 0; white-space: normal;
   padding: .3rem .7rem .3rem .5rem; border: 1px solid #dcdcd6; border-radius: 6px; background: #f4f6f8; }
 .media img { display: block; width: 112px; height: auto; image-rendering: pixelated; border-radius: 3px; }
-.media small, .strip small { color: #5b626b; font: 12px/1.4 system-ui, sans-serif; }
+small { color: #5b626b; font: 12px/1.4 system-ui, sans-serif; }
 .strip { display: flex; flex-wrap: wrap; gap: .6rem; }
 .strip .media { flex-direction: column; align-items: flex-start; }
 table { border-collapse: collapse; font-size: .88rem; } td, th { text-align: left; padding: .15rem .9rem .15rem 0; }
@@ -124,10 +124,13 @@ def _text(batch: Any, b: int, at: list[int], trained: np.ndarray, tokenizer: Any
         where = list(group)
         if name is not None:
             media, tower = batch.media[name], towers[name]
-            slots = media.slot[b, where]
-            note = f"{len(where)} tokens at {where[0]}-{where[-1]}, slots {slots.min()}-{slots.max()}"
-            tiles = _tiles(media, b, slots, tower)
-            out += [_medium(shown, _picture(media, b, i, tower), i, note) for i in tiles] or [f'<span class="special">{name} mark</span>']
+            tiles, slots, marks = _tiles(media, b, media.slot[b, where], tower)
+            note = f"{len(where)} tokens at {where[0]}-{where[-1]}" + (f", slots {slots.min()}-{slots.max()}" if len(slots) else "") + (
+                f"; learned marks: {marks}" if marks else "")
+            several = len(tiles) > 1
+            pictures = "".join(_medium(shown, _picture(media, b, i, tower), i, "" if several else note) for i in tiles)
+            out.append(f'<span class="strip">{pictures}</span><small>{note}</small>' if several else
+                       pictures or f'<span class="special">{name} mark</span>')
             continue
         ids = batch.tokens[b, where].tolist()
         if plain:
@@ -145,16 +148,13 @@ def _owner(batch: Any, b: int, i: int, towers: Mapping[str, Any]) -> str | None:
     return next((name for name, media in batch.media.items() if media.slot[b, i] >= 0 and towers[name].route == "splice"), None)
 
 
-def _tiles(media: Any, b: int, slots: np.ndarray, tower: Any) -> list[int]:
-    """The tiles (packed: items) that these slots are of, in the order of the text; marks are of none."""
+def _tiles(media: Any, b: int, slots: np.ndarray, tower: Any) -> tuple[list[int], np.ndarray, int]:
+    """(tiles, or items where packed, that these slots are of, in the order of the text; the slots of tokens; how many are marks)."""
     patches = tower.nominal.grid
-    each, tokens = int(np.prod(patches)), int(np.prod(tower.num_tokens(patches)))
-    if media.item is None:
-        tiles = slots[slots < media.mask.shape[1] * tokens] // tokens
-    else:
-        here = slots * (each // tokens)
-        tiles = media.item[b, here[here < media.mask.shape[1]]]
-    return list(dict.fromkeys(tiles.tolist()))
+    each, tokens, room = int(np.prod(patches)), int(np.prod(tower.num_tokens(patches))), media.mask.shape[1]
+    real = slots[slots < (room * tokens if media.item is None else room * tokens // each)]
+    tiles = real // tokens if media.item is None else media.item[b, real * (each // tokens)]
+    return list(dict.fromkeys(tiles.tolist())), real, len(slots) - len(real)
 
 
 def _picture(media: Any, b: int, tile: int, tower: Any) -> np.ndarray:
@@ -172,7 +172,7 @@ def _medium(name: str, pixels: np.ndarray, item: int, note: str) -> str:
     size = f"{pixels.shape[1]}x{pixels.shape[0]} pixels"
     return (
         f'<span class="media"><img alt="{name} {item}" src="data:image/png;base64,{data}">'
-        f"<small>{name} {item}<br>{size}<br>{note}</small></span>"
+        f"<small>{name} {item}<br>{size}{'<br>' + note if note else ''}</small></span>"
     )
 
 

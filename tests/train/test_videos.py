@@ -70,7 +70,7 @@ def test_preview_and_statistics_show_videos(records: list[dict], capsys, tmp_pat
     frames = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for kind, data in shown if kind == "video"]
     assert len(frames) >= 4 and len(frames) % 4 == 0 and {"video", "image"} == {kind for kind, _ in shown}
     assert all(frame.shape == (32, 32, 3) and frame.std() > 3 for frame in frames) and not np.array_equal(frames[0], frames[3])
-    assert "image tiles" in page
+    assert "image tiles" in page and "slots 0-58; learned marks: 1</small>" in page             # frames of one video stand side by side
     code, out, err = call(capsys, ["data", "stats", "resolution/llava_onevision", "--stage", "knowledge"], good)
     assert code == 0, err
     assert "moments of a video that are seen: 4 to 4" in out and "seconds of a video: " in out and "image tiles of an example" in out
