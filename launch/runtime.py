@@ -37,7 +37,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # numbers of mallopt(3)
 QUIET = {
     # Orbax writes each layer of a failure here, tens of lines, and raises it too: then it is told in one.
     "absl": logging.CRITICAL,
-    **dict.fromkeys(("orbax", "jax", "transformers", "huggingface_hub", "grain", "tensorboardX"), logging.ERROR),
+    **dict.fromkeys(("orbax", "jax", "transformers", "grain", "tensorboardX"), logging.ERROR),
 }
 
 
@@ -110,6 +110,9 @@ def quiet() -> None:
     """Leaves to libraries only what no other line will say."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")            # it sets its level when it is imported
+    # The Hub says what it waits for when the network is gone, a minute long; once is enough.
+    logging.getLogger("huggingface_hub").propagate = False
     warnings.filterwarnings("ignore", module=r"(jax|flax|orbax|grain|transformers|tensorboardX)\b")
     # What is under way when a checkpoint cannot be read or written is dropped half done.
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)

@@ -41,6 +41,7 @@ def command(capsys, *argv: str) -> tuple[int, str, str]:
     (["export", "nowhere", "out"], "there is no folder nowhere"),
     (["import", "nowhere", "out"], "there is no folder nowhere"),
     (["data", "preview", "first/nothing"], "first/nothing"),
+    (["data", "stats", "first/digits", "--limt", "5"], "there is no option '--limt'; nearest: --limit"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
 
     def action(name: str, does: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.", allow_abbrev=False)
+        made = actions.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.", allow_abbrev=False)
+        made.set_defaults(parser=made)  # whose options are the nearest to a mistaken one
+        return made
 
     preview = action("preview", "render a packed batch as a page: media, trained text, segments, slots")
     _add_stage(preview)
