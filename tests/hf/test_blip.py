@@ -154,10 +154,10 @@ def test_states_logits_loss_and_gradients(cases, torch, name):
     value, gradients = jax.jit(jax.value_and_grad(loss))(it.params)
     close(value, out.loss.detach(), LOSS)
     check_gradients(it, it.cfg, gradients, least=50)
-    # Packed equals unpacked: each image is read with the text of its own turn.
-    packed = it.batch([list(it.made.examples)])
-    one = jax.jit(lambda params: merge(graph, params)(packed).hidden)(it.params)
-    close(np.asarray(one)[np.asarray(packed.segments) > 0], np.asarray(hidden)[real], 2e-5)
+    if name == "blip-2":                # packed equals unpacked; of InstructBLIP in tests/train/test_packing.py, with gradients
+        packed = it.batch([list(it.made.examples)])
+        one = jax.jit(lambda params: merge(graph, params)(packed).hidden)(it.params)
+        close(np.asarray(one)[np.asarray(packed.segments) > 0], np.asarray(hidden)[real], 2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
