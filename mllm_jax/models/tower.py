@@ -10,6 +10,7 @@ from flax import nnx
 
 from mllm_jax.config import ConfigError, config
 from mllm_jax.nn.param import normal, param
+from mllm_jax.sharding import constrain
 from mllm_jax.types import Blob, Cut, Features, Grid, Media
 
 
@@ -136,6 +137,8 @@ class Tower(nnx.Module):
         """f[b m d]: the tokens of all items, and after them the marks."""
         features = self.encoder(media)
         features = self.connector(features if media.text is None else replace(features, text=media.text))
+        # Said, because the partitioner of XLA otherwise gives a two-layer MLP on shuffled patches wrong gradients on a mesh of three axes.
+        features = replace(features, tokens=constrain(features.tokens, "batch patch embed_act"))
         if not self.names:
             return features
         marks = jnp.stack([self.marks[name][...] for name in self.names])

@@ -89,7 +89,7 @@ def batch_of(rows: list[Row], spec: RowSpec, model: object) -> Batch:
 def test_the_packed_rows_are_really_packed(batches: tuple):
     _, packed, alone, rows = batches
     assert len(rows) <= EXAMPLES // 2 and max(len(row.entries) for row in rows) >= 3
-    assert any(len(row.media) == 3 for row in rows)
+    assert any(len(row.media) >= 3 for row in rows)
     assert packed.weights.sum() == alone.weights.sum() > 0 and alone.tokens.shape[0] == EXAMPLES
 
 

@@ -38,6 +38,7 @@ LAYOUTS = {
 }
 # Of recipes with parts that these cases do not have; each is another program, so that all axes at once must do.
 RECIPES = ("resolution/llava_onevision",        # tiles, marks, means of tokens
+           "projector/internvl",                # squares of patches, layers that are scaled
            "resampler/flamingo")                # tokens beside the row, rows of added tokens
 CASES |= {name: (lambda name=name: load(name).tiny().model, {"lm": NextToken()}) for name in RECIPES}
 PAIRS = [(case, layout) for case in CASES for layout in (("data-fsdp-tensor",) if case in RECIPES else LAYOUTS)]
