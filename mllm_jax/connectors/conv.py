@@ -22,7 +22,7 @@ from mllm_jax.connectors.pool import average_weights, resample
 from mllm_jax.nn import stack
 from mllm_jax.nn.param import LayerNorm, Linear, normal, param, zeros
 from mllm_jax.nn.position import interpolate
-from mllm_jax.sharding import compute_dtype
+from mllm_jax.sharding import compute_dtype, constrain
 from mllm_jax.types import Features, Grid
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -179,8 +179,10 @@ class Depthwise(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = compute_dtype()
+        # Gathered first: the partitioner would take the channels of the kernel for those of the output, and replicate that.
+        kernel = constrain(self.kernel[...].astype(dtype), "row column embed_act")
         y = jax.lax.conv_general_dilated(
-            x.astype(dtype), self.kernel[...].astype(dtype)[:, :, None], (self.stride, self.stride), ((1, 1), (1, 1)),
+            constrain(x.astype(dtype), "batch row column embed_act"), kernel[:, :, None], (self.stride, self.stride), ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
