@@ -28,7 +28,7 @@ def load_tokenizer(
         a word includes the space before it), a folder, or "hf://name".
       texts: what "bpe:SIZE" is trained on; the same texts in any order give the same tokenizer.
       media: modalities of the model.
-      tokens: more special tokens to have, added where missing (`templates.TOKENS[template]`).
+      tokens: more special tokens to have, added where missing (`formats.TOKENS[template]`).
 
     Raises:
       ConfigError: no such tokenizer, one without an end token, or "bpe:SIZE" without texts or too small.

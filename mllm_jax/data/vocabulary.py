@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.data.errors import BadExample
+from mllm_jax.data.formats import TOKENS
 from mllm_jax.data.sources import open_source
-from mllm_jax.data.templates import TOKENS
 from mllm_jax.data.tokenizer import PLACEHOLDERS, load_tokenizer
 
 TEXTS = 4_000                           # examples of each source whose text a "bpe:SIZE" tokenizer is trained on

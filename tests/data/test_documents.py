@@ -13,9 +13,9 @@ import pytest
 from mllm_jax.config import load
 from mllm_jax.data.adapters import parse
 from mllm_jax.data.errors import BadExample
+from mllm_jax.data.formats import TOKENS
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.sources.shapes import Shapes
-from mllm_jax.data.templates import TOKENS
 from mllm_jax.data.tokenize import encode
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.types import Example, Part

@@ -8,7 +8,8 @@ import pytest
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.templates import TEMPLATES, TOKENS, Template, chat_template, encode_pair, generation
+from mllm_jax.data.formats import TEMPLATES, TOKENS
+from mllm_jax.data.templates import Template, chat_template, encode_pair, generation
 from mllm_jax.data.tokenizer import load_tokenizer, placeholder
 from mllm_jax.types import Part, Turn
 
