@@ -89,7 +89,7 @@ def test_a_batch_fits_the_model_of_every_stage():
 TOKENS = {
     "projector/llava": 256, "projector/llava_15": 576, "projector/paligemma": 4096, "projector/gemma3": 256, "projector/honeybee": 144,
     "projector/mobilevlm": 144, "projector/mobilevlm_v2": 144, "resolution/m3": 576, "resampler/blip2": 32, "resampler/instructblip": 32,
-    "resampler/qwen_vl": 256, "experts/moe_llava": 576, "experts/mm1": 144, "experts/cogvlm": 1225 + 2,
+    "resampler/qwen_vl": 256, "experts/moe_llava": 576, "experts/mm1": 5 * 144, "experts/cogvlm": 1225 + 2,
     "resolution/llava_next": {"1000x500": 1752, "640x480": 2340, "300x900": 2376, "800x800": 2928, "100x80": 576 + 20 * 25},
     "resolution/qwen2_vl": {"100x80": 12, "640x480": 391, "800x800": 841, "1000x500": 648, "300x900": 352},
 }  # fmt: skip

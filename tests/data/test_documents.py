@@ -115,7 +115,7 @@ def test_text_and_labels_are_those_of_open_flamingo(words, tower, document):
     """A chunk of text belongs to the image before it; text before the first one, and the end of a document, are not trained."""
     pair = Example(id="p", source="s", captions=(" a red moon ",), media=read(mmc4()).media[:1])
     example = read(mmc4(), similarity=0.24) if document else pair
-    beside = SimpleNamespace(**{**vars(tower), "route": "memory", "num_tokens": lambda grid: (1, 1, prod(grid)), "patch": tower.patch})
+    beside = SimpleNamespace(**{**vars(tower), "route": "memory", "num_tokens": lambda grid: (1, 1, prod(grid)), "patch": tower.patch, "words": None})
     beside.kinds = {"": beside}
     s = encode(example, template="flamingo", tokenizer=words, towers={"image": beside})
     text = words.decode(s.tokens)
