@@ -44,7 +44,7 @@ class CAbstractorConfig:
         return check_square(grid, self.grid, "C-Abstractor"), self.to, self.to
 
     def tiny(self) -> "CAbstractorConfig":
-        return replace(self, grid=4, to=2, width=32, depth=2, table=None)
+        return replace(self, grid=4, to=2, width=32, depth=1, table=None)       # a block has 14 arrays, and each takes time to compile
 
 
 class CAbstractor(nnx.Module):
