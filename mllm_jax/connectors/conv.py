@@ -26,6 +26,9 @@ from mllm_jax.sharding import compute_dtype, constrain
 from mllm_jax.types import Features, Grid
 
 Activation = Callable[[jax.Array], jax.Array]
+# Channels stay whole between linear layers: with rows over two axes of a mesh and channels over a third, XLA's gradient
+# through what mixes neighbours is wrong, and in silence (tests/connectors/test_conv.py).
+WHOLE = "batch row column embed_act"
 
 
 @config
@@ -91,10 +94,11 @@ class RegBlock(nnx.Module):
         self.shortcut_norm = norm() if d_in != d else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = constrain(x, WHOLE)
         y = jax.nn.silu(self.norm1(self.conv1(x)))
         y = jax.nn.silu(self.norm2(self.conv2(y)))
         y = self.norm3(self.conv3(self.excite(y, jax.nn.silu, jax.nn.sigmoid)))
-        return jax.nn.silu(y + (x if self.shortcut is None else self.shortcut_norm(self.shortcut(x))))
+        return constrain(jax.nn.silu(y + (x if self.shortcut is None else self.shortcut_norm(self.shortcut(x)))), WHOLE)
 
 
 @config
@@ -178,12 +182,13 @@ class Depthwise(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = compute_dtype()
+        # Nine shifted products: the gradient of the kernel of a grouped convolution is wrong there too.
+        dtype, k = compute_dtype(), self.stride
+        rows, columns = (-(-n // k) for n in x.shape[1:3])
         # Gathered first: the partitioner would take the channels of the kernel for those of the output, and replicate that.
         kernel = constrain(self.kernel[...].astype(dtype), "row column embed_act")
-        y = jax.lax.conv_general_dilated(
-            constrain(x.astype(dtype), "batch row column embed_act"), kernel[:, :, None], (self.stride, self.stride), ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1])
+        wide = jnp.pad(constrain(x.astype(dtype), WHOLE), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        y = sum(wide[:, r : r + k * rows : k, c : c + k * columns : k] * kernel[r, c] for r in range(3) for c in range(3))
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
@@ -196,7 +201,7 @@ class Excite(nnx.Module):
 
     def __call__(self, x: jax.Array, inner: Activation, gate: Activation) -> jax.Array:
         means = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
-        return x * gate(self.up(inner(self.down(means))))
+        return constrain(x * gate(self.up(inner(self.down(means)))), WHOLE)
 
 
 def eighths(n: int) -> int:

@@ -1,3 +1,5 @@
+import math
+
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
@@ -6,11 +8,13 @@ import pytest
 
 from mllm_jax.config import ConfigError
 from mllm_jax.connectors.conv import CAbstractorConfig, Depthwise, LDPConfig, LDPv2Config, eighths
-from mllm_jax.nn.param import merge, split
+from mllm_jax.nn.param import axes_of, merge, split
+from mllm_jax.sharding import Layout, rows, sharding_of, use
 from mllm_jax.types import Features
 from tests.connectors.golden import check_official, depthwise, linear, norm, stacked
 from tests.contracts import check_connector
 from tests.golden.official import read
+from tests.synthetic import randomized
 
 
 @pytest.mark.parametrize("cfg", [
@@ -100,3 +104,23 @@ def test_a_grid_that_is_not_the_encoders_is_said():
         assert cfg.num_tokens((2, 24, 24)) == (2, 12, 12)
         with pytest.raises(ConfigError, match=f"the {name} reads grids of 24x24 tokens; the encoder gives 16x16: set its grid to 16"):
             cfg.num_tokens((1, 16, 16))
+
+
+@pytest.mark.parametrize("cfg", [CAbstractorConfig(grid=4, to=2, width=32, depth=2), LDPConfig(grid=4), LDPv2Config(grid=4, to=2)],
+                         ids=lambda cfg: type(cfg).__name__)
+def test_a_mesh_changes_no_gradient(cfg):
+    """Rows over two axes and channels over a third, where XLA by itself gets those of neighbours wrong."""
+    graph, params = split(module := cfg.build(32, 32, rngs=nnx.Rngs(0)))
+    axes, params = axes_of(module), randomized(params)
+    x, pull = (jax.random.normal(jax.random.key(i), (8, n, 32)) for i, n in enumerate((32, 8)))
+
+    def gradients(layout: Layout) -> dict:
+        mesh = layout.make_mesh(jax.devices()[: math.prod(layout.mesh.values())])
+        with use(layout, mesh):
+            placed = {k: jax.device_put(v, sharding_of(axes[k], v.shape, layout, mesh)) for k, v in params.items()}
+            loss = lambda p, x: jnp.sum(merge(graph, p)(Features(tokens=x, mask=jnp.ones(x.shape[:2], bool))).tokens * pull)
+            return jax.jit(jax.grad(loss))(placed, jax.device_put(x, rows(mesh)))
+
+    one, many = gradients(Layout(mesh={"data": 1})), gradients(Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2}))
+    for name, want in one.items():      # sums in another order
+        np.testing.assert_allclose(many[name], want, atol=2e-5 * float(jnp.abs(want).max()), err_msg=name)

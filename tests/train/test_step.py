@@ -39,7 +39,8 @@ LAYOUTS = {
 # Of recipes with parts that these cases do not have; each is another program, so that all axes at once must do.
 RECIPES = ("resolution/llava_onevision",        # tiles, marks, means of tokens
            "projector/internvl",                # squares of patches, layers that are scaled
-           "resampler/flamingo")                # tokens beside the row, rows of added tokens
+           "resampler/flamingo",                # tokens beside the row, rows of added tokens
+           "experts/mm1")                       # convolutions over the patches of tiles
 CASES |= {name: (lambda name=name: load(name).tiny().model, {"lm": NextToken()}) for name in RECIPES}
 PAIRS = [(case, layout) for case in CASES for layout in (("data-fsdp-tensor",) if case in RECIPES else LAYOUTS)]
 ONE = Layout(mesh={"data": 1})
