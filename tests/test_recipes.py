@@ -89,7 +89,7 @@ def test_the_size_is_the_published_one(name: str):
 
 
 @pytest.mark.parametrize(("name", "stage_name"), STAGES)
-def test_a_stage_learns_one_batch_and_leaves_the_rest_alone(name: str, stage_name: str):
+def test_a_stage_learns_one_batch_and_leaves_the_rest_alone(name: str, stage_name: str, capfd):
     recipe = load(name).tiny()
     stage = recipe.stages[stage_name]
     # The rates of the papers are for many steps; the rule, its decay and its clipping are the recipe's own.
@@ -110,6 +110,7 @@ def test_a_stage_learns_one_batch_and_leaves_the_rest_alone(name: str, stage_nam
     assert losses[-1] < losses[0] - 0.02, losses
     if stage_name == list(recipe.stages)[-1]:                   # float32 sums in another order
         assert loss_on_eight_devices(blueprint.cfg, stage.objectives, before[0] | before[1], batch) == pytest.approx(losses[0], rel=1e-5)
+        assert "Involuntary full rematerialization" not in capfd.readouterr().err
     assert {k: v.tobytes() for k, v in before[1].items()} == {k: np.asarray(v).tobytes() for k, v in state.frozen.items()}
     # Of a tower whose features are read before it, the last norm is there for the checkpoint alone.
     unread = [f"inputs/{m}/encoder/norm/" for m, t in blueprint.cfg.inputs.items()
