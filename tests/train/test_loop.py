@@ -112,7 +112,8 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("kill")
     write_sources(folder)
     process = start(folder, folder / "whole")
-    assert process.wait(timeout=200) == 0, process.stderr.read()
+    err = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, err
     return folder, folder / "whole"
 
 
@@ -126,7 +127,8 @@ def test_killed_at_random_steps_and_started_again_a_run_is_the_same_to_the_bit(w
         target = steps_done(out) + rng.randint(1, 11)
         polite = attempt == 2           # one of them is asked and not killed: it saves before it goes
         sent = interrupt(process, out, min(target, total - 1), signal.SIGTERM if polite else signal.SIGKILL)
-        code, err = process.wait(timeout=200), process.stderr.read()
+        err = process.communicate(timeout=200)[1]
+        code = process.returncode
         if not sent:
             assert code == 0, err
             break
