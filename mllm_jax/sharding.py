@@ -16,6 +16,7 @@ from dataclasses import field
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.config import ConfigError, config
@@ -39,24 +40,55 @@ class Layout:
     remat: str = "none"                 # what a layer recomputes in the backward pass: "none", "dots" or "full"
     microbatches: int = 1               # a step's rows are processed in so many parts
     unroll: int = 1                     # layers in one iteration of the loop over layers
+    slices: int = 1                     # the mesh is that of one slice; `data` is so many times longer, over their network.  -1: all there are
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
-        """The mesh over these devices (all by default).
+        """The mesh over these devices (all by default); with several slices, neighbours along `data` may be of two of them.
 
         Raises:
-          ConfigError: the sizes do not multiply to the number of devices.
+          ConfigError: the sizes do not multiply to the number of devices of a slice, or there are not so many slices.
         """
-        devices = jax.devices() if devices is None else devices
+        devices = jax.devices() if devices is None else list(devices)
+        groups = _slices(devices, self.slices)
         sizes, rest = dict(self.mesh), [k for k, n in self.mesh.items() if n == -1]
-        known = math.prod(n for n in sizes.values() if n != -1)
-        if len(rest) > 1 or known < 1 or len(devices) % known or (not rest and known != len(devices)):
+        known, each = math.prod(n for n in sizes.values() if n != -1), len(groups[0])
+        if len(rest) > 1 or known < 1 or each % known or (not rest and known != each):
             want = " x ".join(f"{k}={n}" for k, n in sizes.items())
-            raise ConfigError(f"the mesh {want} does not fit {len(devices)} devices; change the layout's mesh sizes "
-                              f"so that they multiply to {len(devices)} (one may be -1, for the rest)")
+            of = "" if len(groups) == 1 else f" of each of {len(groups)} slices"
+            raise ConfigError(f"the mesh {want} does not fit {each} devices{of}; change the layout's mesh sizes "
+                              f"so that they multiply to {each} (one may be -1, for the rest)")
         for k in rest:
-            sizes[k] = len(devices) // known
-        # jax.make_mesh makes explicit axes by default, which change the meaning of every operation.
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+            sizes[k] = each // known
+        if len(groups) > 1 and "data" not in sizes:
+            raise ConfigError(f"a layout of {len(groups)} slices needs the axis data, which goes over them; add mesh.data=1")
+        # In an order that makes neighbours of a mesh axis neighbours on the wires; where an axis of the mesh is a part of one of the
+        # torus, or spans two, it is split.
+        place = lambda group: create_device_mesh(tuple(sizes.values()), group, allow_split_physical_axes=group[0].platform == "tpu")
+        grid = [place(group) for group in groups]
+        ordered = np.concatenate(grid, axis=list(sizes).index("data")) if len(grid) > 1 else grid[0]
+        # Mesh makes automatic axes only if it is told; explicit ones change the meaning of every operation.
+        return Mesh(ordered, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _slices(devices: list[jax.Device], wanted: int) -> list[list[jax.Device]]:
+    """The devices by the slice that they are in; equal parts in their order where the machine knows none, as CPUs do.
+
+    Raises:
+      ConfigError: there are not so many slices, or they are not of one size.
+    """
+    of: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        of.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    groups = [of[i] for i in sorted(of)]
+    if devices[0].platform != "tpu" and wanted > 0 and len(groups) != wanted:
+        size = len(devices) // wanted if len(devices) % wanted == 0 else 0
+        groups = [devices[i * size:(i + 1) * size] for i in range(wanted)] if size else groups
+    if wanted not in (-1, len(groups)):
+        raise ConfigError(f"the layout is for {wanted} slices and {len(devices)} devices are here, in {len(groups)}; "
+                          f"choose a layout of {len(groups)}, or change it with slices={len(groups)}")
+    if len({len(group) for group in groups}) > 1:
+        raise ConfigError(f"the slices have unequal numbers of devices: {[len(g) for g in groups]}; start as many processes in each")
+    return groups
 
 
 _active: contextvars.ContextVar[tuple[Layout, Mesh | None]] = contextvars.ContextVar("layout", default=(Layout(), None))

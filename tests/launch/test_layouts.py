@@ -3,12 +3,17 @@ import math
 import pytest
 
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.layouts import LAYOUTS, auto, find, pretended_devices
+from mllm_jax.launch.chips import CHIPS, chips_of, shape_of
+from mllm_jax.launch.layouts import LAYOUTS, auto, find, machine, pretended_devices
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_number_in_a_name_is_the_number_of_devices(name):
-    assert math.prod(LAYOUTS[name].mesh.values()) == int(name.split("-")[1])
+def test_a_name_says_how_many_chips_and_slices_of_a_kind(name):
+    chip, chips, slices = machine(name)
+    assert math.prod(LAYOUTS[name].mesh.values()) == chips and LAYOUTS[name].slices == slices
+    assert name == f"{chip}-{chips}" + (f"x{slices}" if slices > 1 else "") + ("-experts" if name.endswith("-experts") else "")
+    if chip in CHIPS and CHIPS[chip].slices:
+        assert chips_of(shape_of(chip, chips)) == chips
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -34,4 +39,4 @@ def test_a_mistake_names_the_nearest(name, says):
 
 
 def test_only_cpu_layouts_pretend_devices():
-    assert [pretended_devices(n) for n in ("cpu-8", "cpu-8:remat=full", "cpu-8-experts", "v5e-8", "auto")] == [8, 8, 8, 1, 1]
+    assert [pretended_devices(n) for n in ("cpu-8", "cpu-4x2:remat=full", "cpu-8-experts", "v5e-8", "auto")] == [8, 8, 8, 1, 1]
