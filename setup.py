@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
+        "plan": ["libtpu==0.0.51"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "hf-test": ["torch==2.13.0"],

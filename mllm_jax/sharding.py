@@ -150,6 +150,14 @@ def row_shards(mesh: Mesh | None = None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.shape)
 
 
+def check_rows(field: str, rows: int, layout: Layout, mesh: Mesh) -> None:
+    """Raises ConfigError if so many rows, the value of this field, do not divide over the mesh and its microbatches."""
+    parts = row_shards(mesh)
+    if rows % (parts * layout.microbatches):
+        raise ConfigError(f"{field} is {rows}; the layout needs a multiple of {parts * layout.microbatches}: "
+                          f"{parts} parts of the rows times {layout.microbatches} microbatches")
+
+
 def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """(index, count) of the part of the rows that this process must read.
 

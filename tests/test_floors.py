@@ -28,7 +28,8 @@ MAY_IMPORT = {                          # package -> packages of ours that it ma
     "evaluation": RUN,
     "configs": {*RUN, "evaluation", "train"} - {"hf"},
     "launch": {"config", "sharding"},
-    "commands": {*RUN, "train", "evaluation", "configs", "launch"},
+    "plan": {*RUN, "train", "evaluation", "configs"},
+    "commands": {*RUN, "train", "evaluation", "configs", "launch", "plan"},
     "cli": {"config", "commands", "data", "launch"},
 }
 # Stronger than the list: workers that read data touch no device.

@@ -157,26 +157,16 @@ def tokens_of(tower: Any, cut: Any) -> int:
 
 
 def batch_of(p: Planned) -> Any:
-    """A batch of the stage: shapes, and no data."""
+    """A batch of the stage, as the model is given it: shapes, and no data."""
+    from dataclasses import replace
+
     import jax
     import jax.numpy as jnp
 
-    from mllm_jax.types import Batch, Media
+    from mllm_jax.data.batch import blank_batch
 
-    b, s = p.rows, p.seq
-    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    media = {}
-    for m, room in p.spec.media.items():
-        patches = (b, room.items) if room.packed else (b, room.items, math.prod(room.grid))
-        media[m] = Media(
-            values=jax.ShapeDtypeStruct((*patches, room.width), jnp.uint8), coords=i32(*patches, 3), slot=i32(b, s),
-            mask=jax.ShapeDtypeStruct((b, room.items), jnp.bool_), item=i32(*patches) if room.packed else None,
-            taps=i32(b, s, 4) if room.taps else None,
-            mix=jax.ShapeDtypeStruct((b, s, 4), jnp.float32) if room.taps else None,
-            text=i32(b, room.items, room.text) if room.text else None)
-    return Batch(tokens=i32(b, s), targets=i32(b, s), weights=jax.ShapeDtypeStruct((b, s), jnp.float32), segments=i32(b, s),
-                 positions=i32(b, s, 3), kinds=i32(b, s), blocks=i32(b, s) if p.spec.blocks else None, media=media,
-                 draws=jax.ShapeDtypeStruct((b,), jnp.uint32))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(p.rows, p.spec))
+    return replace(batch, draws=jax.ShapeDtypeStruct((p.rows,), jnp.uint32))
 
 
 def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 from mllm_jax.data.augment import rng_for
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.expand import entrance
-from mllm_jax.data.pack import Placed, Row, RowSpec, blank, one_row, rooms, row_spec
+from mllm_jax.data.pack import MediaSpec, Placed, Row, RowSpec, blank, one_row, rooms, row_spec
 from mllm_jax.data.record import read_blob
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode_prompt
@@ -92,17 +92,9 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
     of = lambda name, modality: np.stack([getattr(row, name)[modality] for row in rows])
     media = {}
     for modality, room in spec.media.items():
-        patches = (len(rows), room.items) if room.packed else (len(rows), room.items, prod(room.grid))
-        media[modality] = Media(
-            values=np.zeros((*patches, room.width), np.uint8),
-            coords=np.zeros((*patches, 3), np.int32),
-            mask=np.zeros((len(rows), room.items), bool),
-            slot=of("slots", modality),
-            item=np.zeros(patches, np.int32) if room.packed else None,
-            taps=of("taps", modality) if room.taps else None,
-            mix=of("mix", modality) if room.taps else None,
-            text=np.full((len(rows), room.items, room.text), -1, np.int32) if room.text else None,
-        )
+        media[modality] = _media(
+            len(rows), room, slot=of("slots", modality), taps=of("taps", modality) if room.taps else None,
+            mix=of("mix", modality) if room.taps else None)
     for r, (row, items) in enumerate(zip(rows, decoded, strict=True)):
         for number, (place, (values, coords)) in enumerate(zip(row.media, items, strict=True), start=1):
             into, here = media[place.item.modality], slice(place.index, place.index + place.item.room)
@@ -122,6 +114,31 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
         blocks=stack("blocks") if spec.blocks else None,
         media=media,
     )
+
+
+def _media(rows: int, room: MediaSpec, *, full: Callable = np.full, **arrays: np.ndarray | None) -> Media:
+    """Room for the media of so many rows, with nothing in it."""
+    patches = (rows, room.items) if room.packed else (rows, room.items, prod(room.grid))
+    return Media(
+        values=full((*patches, room.width), 0, np.uint8),
+        coords=full((*patches, 3), 0, np.int32),
+        mask=full((rows, room.items), False, bool),
+        item=full(patches, 0, np.int32) if room.packed else None,
+        text=full((rows, room.items, room.text), -1, np.int32) if room.text else None,
+        **arrays,
+    )
+
+
+def blank_batch(rows: int, spec: RowSpec) -> Batch:
+    """The Batch that `collate` makes of so many rows, in shapes and types: of one value each, read-only, it takes no memory."""
+    full = lambda shape, value, dtype: np.broadcast_to(np.asarray(value, dtype), shape)
+    each = lambda *more, dtype=np.int32: full((rows, spec.seq_len, *more), 0, dtype)
+    media = {
+        modality: _media(rows, room, full=full, slot=each(), taps=each(4) if room.taps else None,
+                         mix=each(4, dtype=np.float32) if room.taps else None)
+        for modality, room in spec.media.items()}
+    return Batch(tokens=each(), targets=each(), weights=each(dtype=np.float32), segments=each(), positions=each(3), kinds=each(),
+                 blocks=each() if spec.blocks else None, media=media)
 
 
 def describe(rows: list[Row]) -> BatchInfo:

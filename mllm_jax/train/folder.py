@@ -98,11 +98,8 @@ def _check(recipe: Recipe, options: RunOptions) -> Mesh:
         if stage not in recipe.stages:
             raise ConfigError(f"the recipe has no stage {stage!r}; nearest: {nearest(stage, recipe.stages)}")
     mesh = options.layout.make_mesh()
-    shards = sharding.row_shards(mesh) * options.layout.microbatches
     for name, stage in recipe.stages.items():
-        if stage.data.batch_size % shards:
-            raise ConfigError(f"stages.{name}.data.batch_size is {stage.data.batch_size}; the layout needs a multiple of {shards}: "
-                              f"{sharding.row_shards(mesh)} parts of the rows times {options.layout.microbatches} microbatches")
+        sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, options.layout, mesh)
     if not _begins(recipe, options):
         differs = compare(_claimed(options.out), _plain(recipe))
         if differs:

@@ -29,7 +29,7 @@ from mllm_jax.train.folder import Run
 from mllm_jax.train.log import Log
 from mllm_jax.train.optimizer import build, schedule
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state
-from mllm_jax.train.step import make_step
+from mllm_jax.train.step import jit_step
 
 
 class TrainingError(RuntimeError):
@@ -62,9 +62,7 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
         state, iterator = _resume_or_start(run, name, blueprint, trained, optimizer, checkpoints, loader, log)
         start = done = int(state.step)
         feed = Feed(iterator, mesh)
-        step = jax.jit(
-            make_step(blueprint.graph, stage.objectives, optimizer, microbatches=options.layout.microbatches, ema=stage.ema),
-            donate_argnums=0)
+        step = jit_step(blueprint.graph, stage, optimizer, options.layout)
         key = jax.random.key(stage.data.seed)
         rate = schedule(stage.optimizer, stage.steps)
         program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1])

@@ -16,6 +16,8 @@ import optax
 
 from mllm_jax.nn.param import Params, merge
 from mllm_jax.objectives.base import Objective
+from mllm_jax.recipe import Stage
+from mllm_jax.sharding import Layout
 from mllm_jax.train.state import TrainState
 from mllm_jax.types import Batch, Mean, Outputs, mean
 
@@ -45,6 +47,12 @@ def make_step(
         return TrainState(step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=average), scores
 
     return step
+
+
+def jit_step(graph: object, stage: Stage, optimizer: optax.GradientTransformation, layout: Layout) -> jax.stages.Wrapped:
+    """The step of a stage as it is run; the new state takes the place of the old one."""
+    step = make_step(graph, stage.objectives, optimizer, microbatches=layout.microbatches, ema=stage.ema)
+    return jax.jit(step, donate_argnums=0)
 
 
 def corrupt(objectives: Mapping[str, Objective], batch: Batch, key: jax.Array) -> Batch:
