@@ -41,6 +41,7 @@ class Layout:
     microbatches: int = 1               # a step's rows are processed in so many parts
     unroll: int = 1                     # layers in one iteration of the loop over layers
     slices: int = 1                     # the mesh is that of one slice; `data` is so many times longer, over their network.  -1: all there are
+    attention: str = "auto"             # "auto": by the platform's own kernel; "xla"; or its name: "flash" on TPU
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
         """The mesh over these devices (all by default); with several slices, neighbours along `data` may be of two of them.
@@ -110,6 +111,12 @@ def current() -> Layout:
 
 def current_mesh() -> Mesh | None:
     return _active.get()[1]
+
+
+def platform() -> str:
+    """Where the program that is traced will run, which need not be where it is traced: "cpu", "gpu" or "tpu"."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def compute_dtype() -> jnp.dtype:

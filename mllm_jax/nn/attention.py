@@ -1,7 +1,8 @@
 """Multi-head attention with grouped queries and a cache; the dot product behind one function.
 
 `attend` is where a platform's kernel is chosen.  It is given the two integer arrays of a `Visibility`
-and not a mask, so that a kernel that knows segments never sees one.  Long rows are read block by block.
+and not a mask, so that a kernel that knows segments never sees one: nn/flash.py on TPU.  Elsewhere long rows are read
+block by block.
 """
 
 from dataclasses import replace
@@ -11,13 +12,18 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from mllm_jax.config import ConfigError
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.blockwise import LONG, attend_blockwise
+from mllm_jax.nn.flash import attend_flash
 from mllm_jax.nn.param import Linear
 from mllm_jax.nn.position import Rotation
 from mllm_jax.nn.visibility import Visibility
+from mllm_jax.sharding import current, platform
 from mllm_jax.types import struct
 
+KERNELS = {"tpu": "flash"}              # platform -> the kernel it has beside those of XLA
+SHORT = 128                             # fewer queries or keys than that make scores that XLA can keep
 Keys = tuple[jax.Array, jax.Array]      # keys and values, each f[b t g k]
 
 
@@ -111,6 +117,8 @@ def attend(
     """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
     groups = k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if kernel() == "flash" and min(q.shape[1], k.shape[1]) >= SHORT and (visibility is None or isinstance(visibility.start, int)):
+        return attend_flash(q, k, v, visibility, scale=scale, window=window)
     if visibility is not None and q.shape[1] * k.shape[1] > LONG * LONG:
         return attend_blockwise(q, k, v, visibility, scale=scale, window=window)
     q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=groups)
@@ -120,3 +128,15 @@ def attend(
         scores = jnp.where(visibility.mask(window)[:, None, None], scores, -1e30)
     out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return rearrange(out, "b s g r k -> b s (g r) k")
+
+
+def kernel() -> str:
+    """What computes attention where the program will run: "xla", or the kernel of that platform.
+
+    Raises:
+      ConfigError: the layout asks for a kernel that the platform lacks.
+    """
+    chosen, own = current().attention, KERNELS.get(platform(), "xla")
+    if chosen not in ("auto", "xla", own):
+        raise ConfigError(f"the layout asks for attention by {chosen!r}, which {platform()} lacks; choose 'auto' or one of {sorted({'xla', own})}")
+    return own if chosen == "auto" else chosen

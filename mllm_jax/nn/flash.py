@@ -1,0 +1,329 @@
+"""Attention on TPU by a kernel that holds no scores: forward and backward, for whatever a `Visibility` says.
+
+FlashAttention (arXiv:2205.14135) in Pallas.  Masks are made from segments and order inside, block by block, so that
+causal, prefix, bidirectional spans, windows and packed examples are one program and no [s t] array exists.  A code for
+each pair of blocks, from the smallest and largest numbers of both, says whether it is left out, needs its mask, or is
+seen whole; blocks before the first and after the last needed one cost nothing.
+
+Scores are kept transposed, keys by queries: what belongs to a query (its largest score, its sum, its numbers) is then a
+row, which costs nothing to spread over the keys.  The backward pass is one kernel: a chunk of keys stays in fast memory
+while all queries pass, the gradients of keys and values are summed there, those of queries leave block by block.
+
+Under a mesh every device runs the kernel on its own rows and heads.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+from mllm_jax.nn.visibility import Visibility
+from mllm_jax.sharding import current, current_mesh, spec
+from mllm_jax.types import record
+
+BLOCKS = (512, 384, 256, 128)           # positions
+CHUNK = 1 << 20                         # bytes of keys that stay in fast memory
+VMEM = 48 << 20                         # bytes of fast memory that the compiler may give to a kernel
+LEAST = -1e37                           # the largest score of a query that has seen nothing
+NEVER = -2e38                           # a masked score: exp(NEVER - LEAST) is 0
+SKIP, PART, WHOLE = 0, 1, 2             # codes of a pair of blocks
+NN, NT, TN = ((((i,), (j,)), ((), ())) for i, j in ((1, 0), (1, 1), (0, 0)))    # a b, a b^T and a^T b
+
+Numbers = tuple[jax.Array, jax.Array, jax.Array, jax.Array]             # segments and order of queries, and of keys; i32[b 1 s], i32[b 1 t]
+
+
+@record
+class Plan:
+    """Static sizes of a call."""
+
+    block: int                          # queries
+    key_block: int
+    n: int                              # blocks of queries
+    m: int                              # blocks of keys
+    per: int                            # blocks of keys in a chunk, which fast memory holds
+    window: int | None
+    interpret: bool                     # run by the interpreter of Pallas, on any platform
+
+    @property
+    def chunk(self) -> int:
+        return self.per * self.key_block
+
+
+def attend_flash(
+    q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, *, scale: float, window: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; a query that sees nothing gives 0."""
+    (b, s, h, _), (t, g) = q.shape, k.shape[1:3]
+    if visibility is None:
+        ones = lambda n: jnp.ones((b, n), jnp.int32)
+        visibility = Visibility(segments=ones(s), order=ones(s), key_segments=ones(t), key_order=ones(t))
+    block, key_block = block_of(s), block_of(t)
+    most = max(1, CHUNK // (-(-k.shape[-1] // 128) * 128 * k.dtype.itemsize * key_block))
+    chunks = -(-(blocks := -(-t // key_block)) // most)
+    per = -(-blocks // chunks)
+    plan = Plan(block=block, key_block=key_block, n=-(-s // block), m=per * chunks, per=per, window=window, interpret=interpret)
+
+    fill = lambda x, size, **how: jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), **how)
+    key_segments = fill(visibility.key_segments, plan.chunk)
+    # Queries that fill the last block see what its last one sees: the block needs no mask for their sake, nor more keys.
+    numbers = (fill(visibility.segments, block, mode="edge"), fill(visibility.order, block, mode="edge"),
+               jnp.where(key_segments > 0, key_segments, -1), fill(visibility.key_order, plan.chunk, mode="edge"))
+    q, k, v = fill(q * scale, block), fill(k, plan.chunk), fill(v, plan.chunk)
+    # With more devices than key heads, devices with queries of one head have copies of it.
+    parts = _head_parts(h)
+    if g % parts and h % math.lcm(g, parts) == 0:
+        k, v = (jnp.repeat(x, math.lcm(g, parts) // g, axis=2) for x in (k, v))
+    heads_first = lambda x: rearrange(x, "b s h k -> b h s k")
+    out = _flash(heads_first(q), heads_first(k), heads_first(v), tuple(x[:, None] for x in numbers), plan)
+    return rearrange(out, "b h s k -> b s h k")[:, :s]
+
+
+def block_of(n: int) -> int:
+    """The size of blocks for n positions: large ones are faster, and those that fill their last one waste less."""
+    return min(BLOCKS, key=lambda block: -(-n // block) * (block + 64))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, numbers: Numbers, plan: Plan) -> jax.Array:
+    """f[b h s k], f[b g t k], f[b g t k] -> f[b h s k], queries scaled."""
+    return _on_mesh(_forward, plan, (q, k, v, *numbers))[0]
+
+
+def _flash_forward(q: jax.Array, k: jax.Array, v: jax.Array, numbers: Numbers, plan: Plan) -> tuple:
+    out, lse = (checkpoint_name(x, "attention") for x in _on_mesh(_forward, plan, (q, k, v, *numbers)))
+    return out, (q, k, v, numbers, out, lse)
+
+
+def _flash_backward(plan: Plan, kept: tuple, d_out: jax.Array) -> tuple:
+    q, k, v, numbers, out, lse = kept
+    both = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, None]
+    return *_on_mesh(_backward, plan, (q, k, v, *numbers, d_out, lse, both)), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _head_parts(h: int) -> int:
+    """Into how many parts a mesh splits h heads."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[a] for a in _axes(spec(("heads",), (h,), current().rules, mesh)[0]))
+
+
+_axes = lambda part: () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _on_mesh(f: Callable, plan: Plan, args: tuple) -> tuple:
+    """f(plan, *args) on each device's rows and heads; results are split like what they belong to, queries or keys."""
+    mesh, (q, k) = current_mesh(), args[:2]
+    if mesh is None or mesh.size == 1:
+        return f(plan, *args)
+    rows, heads = spec(("batch", "heads", None, None), q.shape, current().rules, mesh)[:2]
+    heads = heads if k.shape[1] % math.prod(mesh.shape[a] for a in _axes(heads)) == 0 else None
+    by_head, by_row = PartitionSpec(rows, heads, None, None), PartitionSpec(rows, None, None)
+    specs = tuple(by_head if x.ndim == 4 else by_row for x in args)
+    # The kernel does not say how what it writes varies over devices.
+    return jax.shard_map(partial(f, plan), mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)(*args)
+
+
+def codes(plan: Plan, segments: jax.Array, order: jax.Array, key_segments: jax.Array, key_order: jax.Array) -> jax.Array:
+    """i32[b n m]: what block n of queries sees of block m of keys: nothing, a part (or so it may be), or all.
+
+    Of i32[b s] and i32[b t]; key segments are -1 where nobody looks.
+    """
+    blocks = lambda x, size: rearrange(x, "b (n c) -> b n c", c=size)
+    low, high = lambda x: jnp.min(x, -1), lambda x: jnp.max(x, -1)
+    q = lambda f, x: f(blocks(x, plan.block))[:, :, None]
+    k = lambda f, x: f(blocks(x, plan.key_block))[:, None]
+    some = jnp.where(key_segments > 0, key_segments, jnp.iinfo(jnp.int32).max)
+    sees = (q(high, segments) >= k(low, some)) & (q(low, segments) <= k(high, key_segments)) & (q(high, order) >= k(low, key_order))
+    whole = (q(low, segments) == k(high, key_segments)) & (q(high, segments) == k(low, key_segments))
+    whole &= q(low, order) >= k(high, key_order)
+    if plan.window is not None:
+        first = plan.block * jnp.arange(sees.shape[1])[:, None] - plan.key_block * jnp.arange(sees.shape[2])
+        sees &= first - (plan.key_block - 1) < plan.window
+        whole &= first + (plan.block - 1) < plan.window
+    return jnp.where(sees, jnp.where(whole, WHOLE, PART), SKIP)
+
+
+def _table(plan: Plan, numbers: Numbers) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For the scalar core: codes, sixteen to a word, and for each block of queries the first needed block and the one after the last."""
+    code = codes(plan, *(x[:, 0] for x in numbers))
+    last = jnp.max(jnp.where(code > SKIP, jnp.arange(plan.m) + 1, 0), -1)
+    first = jnp.minimum(jnp.min(jnp.where(code > SKIP, jnp.arange(plan.m), plan.m), -1), last)
+    flat = jnp.pad(code.reshape(-1), (0, -code.size % 16)).reshape(-1, 16)
+    words = jnp.sum(flat << (2 * jnp.arange(16)), -1, dtype=jnp.int32)
+    return words, first.reshape(-1), last.reshape(-1)
+
+
+def _forward(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """f[b h s k] and f32[b h 1 s], the logarithm of the sum of exponentials."""
+    (b, h, s, d), r = q.shape, q.shape[1] // k.shape[1]
+
+    def near(b: int, i: int, c: int, first: jax.Array, last: jax.Array) -> int:
+        """A chunk that is not needed is not fetched: the index is that of the nearest one that is."""
+        at = b * plan.n + i
+        return jnp.clip(c, jax.lax.div(first[at], plan.per), jax.lax.div(jnp.maximum(last[at] - 1, 0), plan.per))
+
+    mine = pl.BlockSpec((1, 1, plan.block, d), lambda b, h, i, c, *_: (b, h, i, 0))
+    keys = pl.BlockSpec((1, 1, plan.chunk, d), lambda b, h, i, c, _, *ends: (b, jax.lax.div(h, r), near(b, i, c, *ends), 0))
+    line = pl.BlockSpec((1, 1, plan.block), lambda b, h, i, c, *_: (b, 0, i))
+    key_line = pl.BlockSpec((1, 1, plan.chunk), lambda b, h, i, c, _, *ends: (b, 0, near(b, i, c, *ends)))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3, grid=(b, h, plan.n, plan.m // plan.per),
+        in_specs=[mine, keys, keys, line, line, key_line, key_line],
+        out_specs=[mine, pl.BlockSpec((1, 1, 1, plan.block), lambda b, h, i, c, *_: (b, h, 0, i))],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((1, plan.block), (1, plan.block), (d, plan.block))])
+    return pl.pallas_call(
+        partial(_forward_kernel, plan), grid_spec=grid, interpret=plan.interpret, name="flash_fwd",
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, 1, s), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+        cost_estimate=_cost(2, q, k, v),
+    )(*_table(plan, numbers), q, k, v, *numbers)
+
+
+def _forward_kernel(plan: Plan, words, first, last, q, k, v, *refs) -> None:
+    numbers, (out, lse, largest, total, sums) = refs[:4], refs[4:]
+    b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(c == 0)
+    def _() -> None:
+        largest[...] = jnp.full_like(largest, LEAST)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    def pair(here: pl.Slice, mask: jax.Array | None) -> None:
+        scores = jax.lax.dot_general(k[0, 0, here], q[0, 0], NT, preferred_element_type=jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask, scores, NEVER)
+        old = largest[...]
+        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+        weights, fade = jnp.exp(scores - new), jnp.exp(old - new)
+        largest[...] = new
+        total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
+        seen = jax.lax.dot_general(v[0, 0, here], weights.astype(v.dtype), TN, preferred_element_type=jnp.float32)
+        sums[...] = sums[...] * fade + seen
+
+    _each_pair(plan, (b, i, c), (words, first, last), numbers, pair)
+
+    @pl.when(c == pl.num_programs(3) - 1)
+    def _() -> None:
+        some = total[...] > 0
+        whole = jnp.where(some, total[...], 1.0)
+        out[0, 0] = (sums[...] / whole).T.astype(out.dtype)
+        lse[0, 0] = largest[...] + jnp.log(whole)
+
+
+def _each_pair(plan: Plan, where: tuple, table: tuple, numbers: tuple, pair: Callable) -> None:
+    """pair(keys, mask) for what block i of queries of row b needs of chunk c; the mask is bool[keys, queries], None where all is seen."""
+    (b, i, c), (words, first, last), (segments, order, key_segments, key_order) = where, table, numbers
+    at, per = b * plan.n + i, plan.per
+
+    def body(j: jax.Array, _: None) -> None:
+        bit = at * plan.m + j
+        code = (words[bit >> 4] >> (2 * (bit & 15))) & 3
+        here = pl.ds(pl.multiple_of((j - c * per) * plan.key_block, plan.key_block), plan.key_block)
+
+        @pl.when(code == WHOLE)
+        def _() -> None:
+            pair(here, None)
+
+        @pl.when(code == PART)
+        def _() -> None:
+            column = lambda x: jnp.broadcast_to(x[0, :, here], (8, plan.key_block)).T[:, :1]
+            mask = (column(key_segments) == segments[0]) & (column(key_order) <= order[0])
+            if plan.window is not None:
+                shape = (plan.key_block, plan.block)
+                place = i * plan.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+                mask &= place - jax.lax.broadcasted_iota(jnp.int32, shape, 0) < plan.window + j * plan.key_block
+            pair(here, mask)
+
+    jax.lax.fori_loop(jnp.maximum(first[at], c * per), jnp.minimum(last[at], (c + 1) * per), body, None)
+
+
+def _backward(
+    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients f[b h s k], f[b g t k] and f[b g t k]."""
+    numbers, (d_out, lse, both) = others[:4], others[4:]
+    table, chunks = _table(plan, numbers), k.shape[2] // plan.chunk
+    if chunks == 1:
+        return _backward_chunk(plan, q.dtype, table, jnp.int32(0), q, k, v, *numbers, d_out, lse, both)
+
+    def step(total: jax.Array, c: jax.Array) -> tuple:
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, c * plan.chunk, plan.chunk, axis=2)
+        keys = (part(k), part(v), *numbers[:2], part(numbers[2]), part(numbers[3]))
+        d_q, d_k, d_v = _backward_chunk(plan, jnp.float32, table, c, q, *keys, d_out, lse, both)
+        return total + d_q, (d_k, d_v)
+
+    d_q, (d_k, d_v) = jax.lax.scan(step, jnp.zeros(q.shape, jnp.float32), jnp.arange(chunks))
+    join = lambda x: rearrange(x, "c b g t k -> b g (c t) k")
+    return d_q.astype(q.dtype), join(d_k), join(d_v)
+
+
+def _backward_chunk(plan: Plan, dtype, table: tuple, c: jax.Array, q, k, v, *others) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of queries as far as they come from chunk c of keys, whose gradients are complete."""
+    (b, h, _, d), g = q.shape, k.shape[1]
+    r = h // g
+    mine = pl.BlockSpec((1, 1, plan.block, d), lambda b, g, r_, i, *_: (b, g * r + r_, i, 0))
+    keys = pl.BlockSpec((1, 1, plan.chunk, d), lambda b, g, r_, i, *_: (b, g, 0, 0))
+    line = pl.BlockSpec((1, 1, plan.block), lambda b, g, r_, i, *_: (b, 0, i))
+    key_line = pl.BlockSpec((1, 1, plan.chunk), lambda b, g, r_, i, *_: (b, 0, 0))
+    head_line = pl.BlockSpec((1, 1, 1, plan.block), lambda b, g, r_, i, *_: (b, g * r + r_, 0, i))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4, grid=(b, g, r, plan.n),
+        in_specs=[mine, keys, keys, line, line, key_line, key_line, mine, head_line, head_line],
+        out_specs=[mine, keys, keys],
+        scratch_shapes=[pltpu.VMEM((plan.block, d), jnp.float32), *[pltpu.VMEM((plan.chunk, d), jnp.float32)] * 2])
+    return pl.pallas_call(
+        partial(_backward_kernel, plan), grid_spec=grid, interpret=plan.interpret, name="flash_bwd",
+        out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM),
+        cost_estimate=_cost(5, q, k, v),
+    )(*table, c.reshape(1), q, k, v, *others)
+
+
+def _backward_kernel(plan: Plan, words, first, last, c, q, k, v, *refs) -> None:
+    numbers, (d_out, lse, both, d_q, d_k, d_v, q_sum, k_sum, v_sum) = refs[:4], refs[4:]
+    b, r, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    q_sum[...] = jnp.zeros_like(q_sum)
+
+    @pl.when((r == 0) & (i == 0))
+    def _() -> None:
+        k_sum[...] = jnp.zeros_like(k_sum)
+        v_sum[...] = jnp.zeros_like(v_sum)
+
+    def pair(here: pl.Slice, mask: jax.Array | None) -> None:
+        product = lambda a, b, how: jax.lax.dot_general(a, b, how, preferred_element_type=jnp.float32)
+        scores = product(k[0, 0, here], q[0, 0], NT)
+        if mask is not None:
+            scores = jnp.where(mask, scores, NEVER)
+        weights = jnp.exp(scores - lse[0, 0])
+        v_sum[here] += product(weights.astype(d_out.dtype), d_out[0, 0], NN)
+        d_scores = (weights * (product(v[0, 0, here], d_out[0, 0], NT) - both[0, 0])).astype(q.dtype)
+        k_sum[here] += product(d_scores, q[0, 0], NN)
+        q_sum[...] += product(d_scores, k[0, 0, here], TN)
+
+    _each_pair(plan, (b, i, c[0]), (words, first, last), numbers, pair)
+    d_q[0, 0] = q_sum[...].astype(d_q.dtype)
+
+    @pl.when((r == pl.num_programs(2) - 1) & (i == pl.num_programs(3) - 1))
+    def _() -> None:
+        d_k[0, 0] = k_sum[...].astype(d_k.dtype)
+        d_v[0, 0] = v_sum[...].astype(d_v.dtype)
+
+
+def _cost(products: int, q: jax.Array, k: jax.Array, v: jax.Array) -> pl.CostEstimate:
+    """Of a call that leaves nothing out."""
+    pairs = math.prod(q.shape[:3]) * k.shape[2]
+    moved = sum(x.size * x.dtype.itemsize for x in (q, k, v)) + q.size * q.dtype.itemsize
+    return pl.CostEstimate(flops=2 * products * pairs * q.shape[3], transcendentals=pairs, bytes_accessed=moved)
