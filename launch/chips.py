@@ -6,7 +6,7 @@ names of Google's accelerator types v4 and v5p count cores (v5p-128 has 64 chips
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 
 from mllm_jax.config import ConfigError, config, nearest
@@ -52,6 +52,12 @@ def chip_of(device_kind: str) -> Chip | None:
     of = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     # NVIDIA's names go on: "NVIDIA H100 80GB HBM3".
     return of.get(device_kind) or next((chip for kind, chip in of.items() if kind.startswith("NVIDIA") and device_kind.startswith(kind)), None)
+
+
+def peak_of(device_kinds: Sequence[str]) -> float:
+    """FLOP/s of these devices together; 0 if one of them is not in the table."""
+    chips = [chip_of(kind) for kind in device_kinds]
+    return sum(chip.peak for chip in chips) if None not in chips else 0.0
 
 
 def shape_of(name: str, chips: int) -> str:

@@ -106,6 +106,15 @@ def start(
     return Runtime(process=jax.process_index(), processes=jax.process_count(), cluster=found, stop=on_sigterm())
 
 
+def age() -> float:
+    """Seconds since this process began, before Python could look at a clock; 0 where the system does not say."""
+    try:
+        after_boot = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]     # field 22, in ticks
+        return float(Path("/proc/uptime").read_text().split()[0]) - int(after_boot) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):       # not Linux
+        return 0.0
+
+
 def quiet() -> None:
     """Leaves to libraries only what no other line will say."""
     for name, level in QUIET.items():

@@ -186,16 +186,23 @@ def check_export(out: Path, restore: dict) -> None:
 
 
 def test_a_run_is_opened_as_it_was_trained(tmp_path: Path):
-    """Also that a second call trains nothing, and that the time of both counts."""
+    """Also that a second call trains nothing, that the time of both counts, and a profile and the part of a peak that was used."""
     name, out = "contrastive/clip", tmp_path / "run"
     recipe = miniature(name)
     options = RunOptions(name=name, out=out, tiny=True, layout=Layout(mesh={"data": -1}),
-                         overrides=("stages.contrastive.steps=3", "samples=2"))
+                         overrides=("stages.contrastive.steps=3", "samples=2"), profile=(2, 1), peak=1e12)
     first = train(recipe, options)
+    assert list((out / "stages" / "contrastive" / "profile").rglob("*.xplane.pb"))
+    summary, spent = first["stages"]["contrastive"], first["goodput"]
+    assert summary["mfu"] == pytest.approx(summary["flops_per_s"] / 1e12) and 0 < spent["goodput"] < 1
+    assert spent["starts"] == 1 and all(spent["seconds"][k] > 0 for k in ("step", "start", "compile", "save", "finish"))
+    assert spent["goodput"] == pytest.approx(spent["seconds"]["step"] / first["wall_seconds"], abs=1e-3)
     stamp = (out / "stages" / "contrastive" / "log.jsonl").stat().st_mtime_ns
     second = train(recipe, options)
     assert (out / "stages" / "contrastive" / "log.jsonl").stat().st_mtime_ns == stamp
     assert second["stages"] == first["stages"] and second["wall_seconds"] > first["wall_seconds"]
+    assert second["goodput"]["starts"] == 2 and second["goodput"]["seconds"]["step"] == pytest.approx(spent["seconds"]["step"], abs=1e-3)
+    assert "Where the time went" in (out / "report.html").read_text()
     opened, model, params, tokenizer = restore_params(out)
     assert opened == recipe and model == recipe.model and len(tokenizer) <= model.text.vocab
     assert {k: v.shape for k, v in params.items()} == parameter_shapes(model)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mllm_jax.commands import common
+from mllm_jax.config import ConfigError
 
 HELP = """Train a recipe through all of its stages.
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data_root(parser)
     parser.add_argument("--stages", metavar="A,B", help="only these stages; an earlier run has done the ones before")
     parser.add_argument("--save-every", type=int, default=1_000, metavar="STEPS", help="steps between checkpoints (default: 1000)")
+    parser.add_argument("--profile", metavar="STEP:N", help="trace N steps of each stage from step STEP on, for xprof")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the last checkpoint is (the default)")
     again.add_argument("--fresh", action="store_true", help="delete what an earlier run left in the folder")
@@ -34,19 +36,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / common.run_name(args.recipe, tiny=args.tiny)
+    profile = steps_of(args.profile) if args.profile else None
     running, layout = common.start(args)
     recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
 
+    import jax
+
+    from mllm_jax.launch import chips, runtime
     from mllm_jax.train.folder import RunOptions
     from mllm_jax.train.run import train
 
     stages = tuple(filter(None, args.stages.split(","))) if args.stages else None
     train(recipe, RunOptions(
         name=args.recipe, out=out, layout=layout, overrides=tuple(args.overrides), tiny=args.tiny, data_root=args.data_root,
-        stages=stages, fresh=args.fresh, save_every=args.save_every, verbose=args.verbose, stop=running.stop))
+        stages=stages, fresh=args.fresh, save_every=args.save_every, verbose=args.verbose, stop=running.stop,
+        profile=profile, startup=runtime.age(), peak=chips.peak_of([d.device_kind for d in jax.devices()])))
     if running.process == 0:
         for file, what in {"report.html": "report", "metrics.json": "metrics", "export": "Hugging Face folder",
                            "adapter": "PEFT adapter"}.items():
             if (out / file).exists():
                 print(f"{what}: {out / file}")
     return 0
+
+
+def steps_of(text: str) -> tuple[int, int]:
+    """"20:5" -> (20, 5), five steps from the twentieth on.
+
+    Raises:
+      ConfigError: it is not two positive numbers.
+    """
+    first, _, count = text.partition(":")
+    if not (first.isdigit() and count.isdigit() and int(first) and int(count)):
+        raise ConfigError(f"--profile is {text!r}; write STEP:N, such as 20:5 for five steps from step 20 on")
+    return int(first), int(count)

@@ -22,6 +22,11 @@ BASELINES = {
     "shuffled_image": "images shuffled",
     "blank_image": "blank images",
 }
+CAUSES = {
+    "step": "steps that count", "start": "starting: imports, weights, first batch", "restore": "reading a checkpoint", "compile": "compiling",
+    "data": "waiting for data", "hosts": "waiting for other processes", "save": "saving", "evaluate": "evaluation",
+    "finish": "samples, export, report", "lost": "steps made again after a restart",
+}
 Tree = Mapping[str, Any]
 
 
@@ -48,6 +53,7 @@ def write_report(run_dir: Path) -> Path:
         _confusion(answers),
         _curves(stages),
         _costs(stages),
+        _time(_read(run_dir / "heartbeat.json") or {}),
         _others(results),
         _samples(_lines(run_dir / "samples.jsonl")),
         _details(recipe, stages),
@@ -157,14 +163,29 @@ def _costs(stages: Tree) -> Raw | None:
         rate = lambda key, unit="": short(s.get(f"{key}_per_s") or s.get(key, 0) / busy, unit)
         params = f"{short(s.get('trained_params', 0))} of {short(s.get('total_params', 0))}"
         return [name, f"{s.get('steps', 0):,}", duration(s.get("seconds", 0)), duration(s.get("compile_seconds", 0)), params,
-                rate("examples"), rate("tokens"), rate("images"), short(s.get("flops_per_s", 0), "FLOP/s")]
+                rate("examples"), rate("tokens"), rate("images"), short(s.get("flops_per_s", 0), "FLOP/s"),
+                *([percent(s["mfu"])] if "mfu" in s else [])]
 
     head = ["stage", "steps", "time", "of it compiling", "trained parameters"]
-    head += ["examples/s", "tokens/s", "images/s", "useful work"]
+    head += ["examples/s", "tokens/s", "images/s", "useful work", *(["MFU"] if any("mfu" in s for s in done.values()) else [])]
     dropped = {f"{name}: {what}": n for name, s in done.items() for what, n in s.get("dropped", {}).items() if n}
     more = table(["dropped examples", "count"], dropped.items()) if dropped else ""
     return section("What it cost", table(head, [row(*item) for item in done.items()]), more,
                    note="Tokens and FLOPs are of positions and images really present, not of padding.")
+
+
+def _time(beat: Tree) -> Raw | None:
+    """Where the wall time went, over all starts of the run."""
+    spent = {k: v for k, v in beat.get("seconds", {}).items() if v > 0}
+    total = sum(spent.values())
+    if not total:
+        return None
+    rows = [[CAUSES.get(k, k), duration(v), share(v / total)] for k, v in sorted(spent.items(), key=lambda kv: -kv[1])]
+    starts, down = beat.get("starts", 1), beat.get("down", 0)
+    note = f"{percent(beat['goodput'])} of {duration(total)} were steps that count (goodput)"
+    if starts > 1:
+        note += f", in {starts} starts; between them no process was there for {duration(down)}, which is not counted"
+    return section("Where the time went", table(["", "time", Cell('<th class="share">share</th>')], rows), note=note + ".")
 
 
 def _others(results: Mapping[tuple[str, str], Tree]) -> Raw | None:

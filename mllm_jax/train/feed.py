@@ -50,6 +50,10 @@ class Feed:
     def __iter__(self) -> "Feed":
         return self
 
+    def ready(self) -> bool:
+        """Whether the next batch, or an error, is there already."""
+        return not self.queue.empty()
+
     def __next__(self) -> Fed:
         item = self.queue.get()
         if isinstance(item, BaseException):

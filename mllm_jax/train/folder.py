@@ -23,10 +23,11 @@ from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
 from mllm_jax.train.adapters import model_of, plain
 from mllm_jax.train.checkpoint import versions
+from mllm_jax.train.ledger import Ledger
 
 # What a run writes into its folder, and forgets when it begins anew; whatever else is there is not its own.
 WRITTEN = ("recipe.json", "tokenizer", "tokenizer.partial", "stages", "evals", "samples.jsonl", "metrics.json", "report.html", "export",
-           "adapter")
+           "adapter", "heartbeat.json")
 
 
 @config
@@ -43,6 +44,9 @@ class RunOptions:
     fresh: bool = False                 # forget what an earlier run left in the folder
     save_every: int = 1_000             # steps; a stage is saved at its end too
     verbose: bool = False
+    startup: float = 0.0                # seconds since the process began, when this was made
+    peak: float = 0.0                   # FLOP/s of all devices together at their best; 0: not known
+    profile: tuple[int, int] | None = None      # (first step, how many) of each stage that are traced
     stop: threading.Event = field(default_factory=threading.Event)      # set from outside: save and leave
 
 
@@ -54,6 +58,7 @@ class Run:
     options: RunOptions
     mesh: Mesh
     tokenizer: Any
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def folder(self) -> Path:
@@ -89,7 +94,8 @@ def prepare(recipe: Recipe, options: RunOptions) -> Run:
     # Nobody writes before all have looked, and nobody goes on before it is written.
     mesh, tokenizer = together(lambda: (_check(recipe, options), _tokenizer(recipe, options)))
     together(lambda: _claim(recipe, options, tokenizer) if jax.process_index() == 0 else None)
-    return Run(recipe=recipe, options=options, mesh=mesh, tokenizer=tokenizer)
+    ledger = Ledger(options.out / "heartbeat.json" if jax.process_index() == 0 else None, spent=options.startup)
+    return Run(recipe=recipe, options=options, mesh=mesh, tokenizer=tokenizer, ledger=ledger)
 
 
 def _check(recipe: Recipe, options: RunOptions) -> Mesh:

@@ -17,9 +17,11 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from mllm_jax.train.ledger import Ledger
 from mllm_jax.types import Mean
 
 LINES = 4                               # lines of progress where no terminal redraws one
+BEAT = 300.0                            # s; and one line so often at least, which says that the run is alive
 MAX_ROWS = 5_000                        # of log.jsonl; a longer stage writes every second step, every third, ...
 
 
@@ -31,7 +33,7 @@ class Log:
                 state, means = train_step(state, batch)
                 loss = log.step(n, means, tokens_per_s=rate)         # that of step n - 1, None at first
 
-    `start` steps are already done: lines of later steps, which a killed run left behind, are removed, and
+    `ledger` learns of every step.  `start` steps are already done: lines of later steps, which a killed run left behind, are removed, and
     the clock goes on from the last line that stays.
     """
 
@@ -44,9 +46,11 @@ class Log:
         verbose: bool = False,
         quiet: bool = False,
         start: int = 0,
+        ledger: Ledger | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self.ledger = ledger
         self.folder, self.total, self.start, self.clock = Path(folder), total, start, clock
         self.writes = jax.process_index() == 0
         self.every = -(-total // MAX_ROWS)
@@ -102,6 +106,9 @@ class Log:
             self.file.flush()
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
+        if self.ledger is not None:
+            self.ledger.beat(step, self.total, numbers)
+            numbers = numbers | {"goodput": self.ledger.goodput}
         if not self.quiet:
             self.bar.update(step, numbers)
         return numbers.get("loss")
@@ -180,7 +187,8 @@ class Bar:
     def update(self, step: int, numbers: Mapping[str, float]) -> None:
         now = self.clock()
         self.recent.append((step, now))
-        if self.redraws and now - self.drawn < 0.1 and step != self.total or not self.redraws and step not in self.marks:
+        quick = now - self.drawn < (0.1 if self.redraws else BEAT)
+        if quick and (step != self.total if self.redraws else step not in self.marks):
             return
         (first, then), self.drawn = self.recent[0], now
         loss = f"  loss {numbers['loss']:.4f}" if "loss" in numbers else ""
@@ -189,6 +197,8 @@ class Bar:
             seconds = (now - then) / (step - first)
             speed = f"  {1 / seconds:.1f} steps/s" if 0 < seconds <= 1 else f"  {seconds:.1f} s/step"
             speed += f"  {duration((self.total - step) * seconds)} left"
+        # Shares of the time and of the chips, for whoever pays for them; on a terminal the line is for the impatient.
+        speed += "".join(f"  {k} {100 * numbers[k]:.0f} %" for k in ("mfu", "goodput") if k in numbers and not self.redraws)
         done = round(16 * step / self.total)
         self.text = f"{self.title:<12} {'━' * done}{'╌' * (16 - done)} {step}/{self.total}{loss}{speed}"
         self._draw()

@@ -26,10 +26,14 @@ from mllm_jax.train.checkpoint import Checkpoints, initial_params
 from mllm_jax.train.feed import Fed, Feed
 from mllm_jax.train.flops import Counts, step_flops
 from mllm_jax.train.folder import Run
+from mllm_jax.train.ledger import Ledger
 from mllm_jax.train.log import Log
 from mllm_jax.train.optimizer import build, schedule
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state
 from mllm_jax.train.step import jit_step
+from mllm_jax.train.trace import Trace
+
+POLL = 0.0005                           # s between two looks at the devices while there is no batch
 
 
 class TrainingError(RuntimeError):
@@ -43,13 +47,13 @@ def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
       TrainingError: the loss is not a number, or the run was asked to stop.
       BadExample, ConfigError: what the user gave is at fault.
     """
-    with Lockstep() as lockstep:
+    with run.ledger.on("start"), Lockstep() as lockstep:
         return _train_stage(run, name, log, lockstep)
 
 
 def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str, Any]:
     began = time.monotonic()
-    stage, options, mesh = run.recipe.stages[name], run.options, run.mesh
+    stage, options, mesh, ledger = run.recipe.stages[name], run.options, run.mesh, run.ledger
     model_cfg = run.model_of(name)
     blueprint = Blueprint(model_cfg, options.layout, mesh)
     trained = trained_of(stage, blueprint.shapes)
@@ -57,38 +61,53 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
     loader = make_loader(run, name)
     lockstep.meet()                     # each has found its files
     checkpoints = Checkpoints(run.stage_folder(name))
-    feed = None
+    feed, trace = None, Trace(options.profile, run.stage_folder(name) / "profile")
     try:
+        ledger.turn("start" if checkpoints.latest() is None else "restore")
         state, iterator = _resume_or_start(run, name, blueprint, trained, optimizer, checkpoints, loader, log)
         start = done = int(state.step)
+        ledger.begin(name, start)
+        ledger.turn("start")
         feed = Feed(iterator, mesh)
         step = jit_step(blueprint.graph, stage, optimizer, options.layout)
         key = jax.random.key(stage.data.seed)
         rate = schedule(stage.optimizer, stage.steps)
-        program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1])
+        program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1], options.peak)
         first_loss = data_state = None
 
         def save() -> None:
             _check_number(log.flush(), done, recent.pop(done, ()), run.stage_folder(name), checkpoints)
             meta = {"recipe": options.name, "stage": name, "alpha": getattr(model_cfg, "alpha", None)}
-            checkpoints.save(done, state, data_state, meta)
+            with ledger.on("save"):
+                checkpoints.save(done, state, data_state, meta)
+            ledger.saved(done)
 
+        if options.profile and not start < options.profile[0] <= stage.steps:
+            log.note(f"{name}: no profile, for step {options.profile[0]} is not one of {start + 1} to {stage.steps}")
+        means = None                    # of the last step
         for n in range(start + 1, stage.steps + 1):
             waited = time.monotonic()
-            fed = next(feed)
+            fed = _next(feed, means, ledger)
             waited = time.monotonic() - waited
-            if lockstep.meet(options.stop.is_set()):
+            with ledger.on("hosts" if _idle(means) else ledger.cause):
+                stopping = lockstep.meet(options.stop.is_set())
+            if stopping:
                 if done > start and done % options.save_every:
                     save()
                 checkpoints.wait()
                 raise TrainingError(f"asked to stop: stage {name} is saved at step {done} of {stage.steps}; run again to go on")
             if program is None:
                 compiling = time.monotonic()
+                ledger.turn("compile")
+                ledger.write()
                 program = step.lower(state, fed.batch, key).compile()
+                ledger.turn("step")     # and so until the end of the stage, but for what is named otherwise
                 compiled = time.monotonic() - compiling
                 log.detail(f"{name}: compiled in {compiled:.1f} s")
                 totals.begin()
+            trace.before(n, means)
             state, means = program(state, fed.batch, key)
+            trace.after(n, means)
             done, data_state = n, fed.state
             recent[n] = fed.info.ids
             rates = totals.add(fed, waited)
@@ -98,13 +117,28 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
                 _check_number(loss, n - 1, recent.pop(n - 1, ()), run.stage_folder(name), checkpoints)
             if n == stage.steps or n % options.save_every == 0:
                 save()
+        ledger.turn("save")
         checkpoints.wait()
         return totals.summary(stage=name, steps=stage.steps, seconds=log.seconds, compile_seconds=compiled,
                               first_loss_seconds=first_loss, params=(blueprint, trained), mesh=mesh)
     finally:
+        trace.close()
         if feed is not None:
             feed.close()
         checkpoints.close()
+
+
+def _next(feed: Feed, running: Any, ledger: Ledger) -> Fed:
+    """The next batch.  Time is spent waiting for it only when the devices have nothing left to do."""
+    while not (feed.ready() or _idle(running)):
+        time.sleep(POLL)
+    with ledger.on("data"):
+        return next(feed)
+
+
+def _idle(running: Any) -> bool:
+    """Whether the step that made these arrays is done, or there is none."""
+    return all(x.is_ready() for x in jax.tree.leaves(running))
 
 
 def make_loader(run: Run, name: str) -> Loader:
@@ -167,8 +201,9 @@ def _check_number(loss: float | None, step: int, ids: tuple, folder: Path, check
 class _Totals:
     """Counts of what was read, and rates over the time since the program was compiled."""
 
-    def __init__(self, model_cfg: Any, trained: set[str], hosts: int):
+    def __init__(self, model_cfg: Any, trained: set[str], hosts: int, peak: float = 0.0):
         self.model_cfg, self.trained = model_cfg, trained
+        self.peak = peak                # FLOP/s of all devices; 0 if it is not known
         self.hosts = hosts              # that read different rows; each counts its own, and they are alike in size
         self.counts = dict.fromkeys(("steps", "rows", "examples", "tokens", "images", "flops", "waited"), 0.0)
         self.dropped: Mapping[tuple[str, str], int] = {}
@@ -192,7 +227,12 @@ class _Totals:
         seconds, self.last = max(now - self.last, 1e-9), now
         if self.counts["steps"] == 1:   # dispatched, not done: there is no rate yet
             return {"data_wait_s": waited}
-        return {f"{k}_per_s": read[k] / seconds for k in ("rows", "examples", "tokens", "images", "flops")} | {"data_wait_s": waited}
+        rates = {f"{k}_per_s": read[k] / seconds for k in ("rows", "examples", "tokens", "images", "flops")}
+        return rates | self.mfu(rates["flops_per_s"]) | {"data_wait_s": waited}
+
+    def mfu(self, flops_per_s: float) -> dict[str, float]:
+        """What of the devices' best is useful: the positions and images that are there, nothing padded and nothing done twice."""
+        return {"mfu": flops_per_s / self.peak} if self.peak else {}
 
     def summary(self, *, params: tuple[Blueprint, set[str]], seconds: float, mesh: Mesh, **facts: Any) -> dict[str, Any]:
         blueprint, trained = params
@@ -206,6 +246,7 @@ class _Totals:
             "examples": int(self.counts["examples"]), "tokens": int(self.counts["tokens"]), "images": int(self.counts["images"]),
             "trained_params": sum(sizes[k] for k in trained), "total_params": sum(sizes.values()),
             **{f"{k}_per_s": self.counts[k] / busy for k in ("rows", "examples", "tokens", "images", "flops")},
+            **self.mfu(self.counts["flops"] / busy),
             "data_wait_s": round(self.counts["waited"], 3),
             "dropped": dict(dropped),
         }

@@ -6,7 +6,6 @@ is done is not asked again, and the same command goes on wherever the last one w
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,15 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
       ConfigError, BadExample: what the user wrote or gave is at fault.
       TrainingError, CheckpointError: the run cannot go on; what was saved is intact.
     """
-    began = time.monotonic()
     run = prepare(recipe, options)
+    try:
+        return _train(run)
+    finally:
+        run.ledger.write()
+
+
+def _train(run: Run) -> dict[str, Any]:
+    recipe, options = run.recipe, run.options
     chosen = [name for name in recipe.stages if options.stages is None or name in options.stages]
     metrics: dict[str, Any] = {"recipe": options.name, "stages": {}}
     with sharding.use(options.layout, run.mesh):
@@ -53,13 +59,17 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
             _leave_if_asked(run, name)
         headline(metrics)
         if name == list(recipe.stages)[-1]:
-            params = _trained(run, name)
-            if jax.process_index() == 0:
-                _samples(run, name)
-            _export(run, name, params)
-    metrics["wall_seconds"] = round(_earlier_seconds(options.out) + time.monotonic() - began, 2)
+            with run.ledger.on("finish"):
+                params = _trained(run, name)
+                if jax.process_index() == 0:
+                    _samples(run, name)
+                _export(run, name, params)
+    run.ledger.turn("finish")
+    metrics["goodput"] = run.ledger.summary()
+    metrics["wall_seconds"] = round(run.ledger.up, 2)
     if jax.process_index() == 0:
         (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        run.ledger.write()              # the report reads it
         write_report(options.out)
     return metrics
 
@@ -98,7 +108,8 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
     stage, options = run.recipe.stages[name], run.options
     summary = finished(run, name)
     if summary is None:
-        with Log(run.stage_folder(name), total=stage.steps, title=name, verbose=options.verbose, start=run.start_of(name)) as log:
+        with Log(run.stage_folder(name), total=stage.steps, title=name, verbose=options.verbose, start=run.start_of(name),
+                 ledger=run.ledger) as log:
             summary = train_stage(run, name, log)
             log.flush()
             rows = [json.loads(line) for line in (run.stage_folder(name) / "log.jsonl").read_text().splitlines()]
@@ -110,9 +121,11 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
     results = {}
     if stage.evals:
         _leave_if_asked(run, name)
-        params = _trained(run, name)
-        for title, task in stage.evals.items():
-            results[title] = _evaluate(run, name, title, task, params)
+        with run.ledger.on("evaluate"):
+            run.ledger.write()
+            params = _trained(run, name)
+            for title, task in stage.evals.items():
+                results[title] = _evaluate(run, name, title, task, params)
     return summary | {"evals": results}
 
 
@@ -185,9 +198,3 @@ def _export(run: Run, stage: str, params: Params) -> None:
         except ConfigError as error:
             if jax.process_index() == 0:
                 print(f"no PEFT adapter: {error}", flush=True)
-
-
-def _earlier_seconds(out: Path) -> float:
-    """Wall time of earlier calls that ended: a run that goes on counts all of it."""
-    path = out / "metrics.json"
-    return json.loads(path.read_text()).get("wall_seconds", 0.0) if path.exists() else 0.0

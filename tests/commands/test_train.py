@@ -51,6 +51,14 @@ def test_resume_and_fresh_exclude_each_other(given, capsys):
     assert "not allowed with" in capsys.readouterr().err and not given
 
 
+def test_a_profile_and_the_age_of_the_process_are_handed_on(given, capsys):
+    assert main(["train", "first/digits", "--profile", "20:5"]) == 0
+    [(_, options)] = given
+    assert options.profile == (20, 5) and options.startup > 0 and options.peak == 0          # that of a CPU is not in the table
+    assert main(["train", "first/digits", "--profile", "20"]) == 2
+    assert "--profile is '20'; write STEP:N, such as 20:5" in capsys.readouterr().err and len(given) == 1
+
+
 def test_names_of_runs():
     assert run_name("projector/llava_15:size=13b", tiny=False) == "projector-llava_15-size-13b"
     assert run_name("configs/first/digits.py", tiny=True) == "first-digits-tiny"

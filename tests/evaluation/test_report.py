@@ -76,6 +76,8 @@ def run(tmp_path):
     (tmp_path / "metrics.json").write_text(
         json.dumps(shared | {"recipe": "x", "retrieval_r1": 0.873, "wall_seconds": 391.4})
     )
+    spent = {"step": 75.0, "compile": 20.0, "lost": 5.0, "hosts": 0.0}
+    (tmp_path / "heartbeat.json").write_text(json.dumps({"goodput": 0.75, "starts": 3, "down": 30.0, "seconds": spent}))
     source = open_source("shapes:?count=30&size=32")
     examples = [source[i] for i in range(30)]
     write_samples(
@@ -132,6 +134,8 @@ def test_the_page_says_what_the_folder_says(run):
         "8.3 %",
         "s/decode",
         "30 GFLOP/s",
+        "75.0 % of 1 min 40 s were steps that count (goodput), in 3 starts",
+        "steps made again after a restart 5.0 s 5.0 %",
     ]
     assert [w for w in wanted if w not in words] == []
     assert "1 k of 2 M" in words and "1e+03" not in page

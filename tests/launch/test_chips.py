@@ -3,7 +3,7 @@
 import pytest
 
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.chips import CHIPS, chip_of, chips_of, shape_of
+from mllm_jax.launch.chips import CHIPS, chip_of, chips_of, peak_of, shape_of
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -30,3 +30,7 @@ def test_a_mistake_names_what_there_is():
         shape_of("v5", 8)
     with pytest.raises(ConfigError, match="no slice of 12 v5e chips; there are those of 1, 4, 8"):
         shape_of("v5e", 12)
+
+
+def test_a_peak_is_of_all_devices_or_not_known():
+    assert peak_of(["TPU v5 lite"] * 4) == 4 * 197e12 and peak_of(["TPU v5 lite", "cpu"]) == 0
