@@ -1,8 +1,8 @@
-"""What accelerators are: rates, memory, links, and how they stand in hosts and slices.  A table; nothing is asked of a device.
+"""What accelerators are called, what they can do at best, and how they stand in hosts and slices.  A table; no device is asked.
 
-Sources: the pages of Cloud TPU on each version (peaks, memory, bandwidth, links, shapes of slices) and NVIDIA's data sheets
-(dense, without sparsity).  Rates are those of the maker, so utilisation against them is what papers call MFU.  What surprises: in the
-names of Google's accelerator types v4 and v5p count cores (v5p-128 has 64 chips), v5e and v6e count chips.
+Sources: the pages of Cloud TPU on each version, and NVIDIA's data sheets (dense, without sparsity).  Rates are the maker's, so
+utilisation against them is what papers call MFU.  What surprises: in the names of Google's accelerator types v4 and v5p
+count cores (v5p-128 has 64 chips), v5e and v6e count chips.
 """
 
 import math
@@ -11,19 +11,12 @@ from dataclasses import field
 
 from mllm_jax.config import ConfigError, config, nearest
 
-GIB = 1 << 30
-
 
 @config
 class Chip:
     kinds: tuple[str, ...]              # how jax calls it: `device_kind`
     peak: float                         # FLOP/s of bfloat16 matmuls
-    memory: float                       # bytes
-    bandwidth: float                    # of that memory, bytes/s
-    link: float = 0.0                   # of one link to a neighbour, one way, bytes/s
-    links: int = 0                      # links of a chip: 4 in a 2-D torus, 6 in a 3-D one
-    host: int = 1                       # chips of a machine in a slice of several machines
-    network: float = 0.0                # of that machine to the data-centre network, one way, bytes/s
+    host: int = 8                       # chips of a machine in a slice of several machines
     slices: Mapping[int, str] = field(default_factory=dict)     # chips -> shape of the slices that are let
 
 
@@ -31,17 +24,13 @@ FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x1
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"}
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(kinds=("TPU v4",), peak=275e12, memory=32 * GIB, bandwidth=1.228e12, link=45e9, links=6, host=4, network=6.25e9,
-               slices=CUBES | {4096: "16x16x16"}),
-    "v5e": Chip(kinds=("TPU v5 lite", "TPU v5e"), peak=197e12, memory=16 * GIB, bandwidth=0.819e12, link=45e9, links=4, host=4,
-                network=12.5e9, slices=FLAT),
-    "v5p": Chip(kinds=("TPU v5", "TPU v5p"), peak=459e12, memory=95 * GIB, bandwidth=2.765e12, link=90e9, links=6, host=4, network=25e9,
-                slices=CUBES | {4096: "16x16x16", 6144: "16x16x24"}),
-    "v6e": Chip(kinds=("TPU v6 lite", "TPU v6e"), peak=918e12, memory=32 * GIB, bandwidth=1.640e12, link=90e9, links=4, host=4,
-                network=25e9, slices=FLAT),
-    "a100": Chip(kinds=("NVIDIA A100",), peak=312e12, memory=80 * GIB, bandwidth=2.039e12, link=300e9, links=1, host=8, network=200e9),
-    "h100": Chip(kinds=("NVIDIA H100",), peak=989.4e12, memory=80 * GIB, bandwidth=3.35e12, link=450e9, links=1, host=8, network=400e9),
-    "h200": Chip(kinds=("NVIDIA H200",), peak=989.4e12, memory=141e9, bandwidth=4.8e12, link=450e9, links=1, host=8, network=400e9),
+    "v4": Chip(kinds=("TPU v4",), peak=275e12, host=4, slices=CUBES | {4096: "16x16x16"}),
+    "v5e": Chip(kinds=("TPU v5 lite", "TPU v5e"), peak=197e12, host=4, slices=FLAT),
+    "v5p": Chip(kinds=("TPU v5", "TPU v5p"), peak=459e12, host=4, slices=CUBES | {4096: "16x16x16", 6144: "16x16x24"}),
+    "v6e": Chip(kinds=("TPU v6 lite", "TPU v6e"), peak=918e12, host=4, slices=FLAT),
+    "a100": Chip(kinds=("NVIDIA A100",), peak=312e12),
+    "h100": Chip(kinds=("NVIDIA H100",), peak=989.4e12),
+    "h200": Chip(kinds=("NVIDIA H200",), peak=989.4e12),
 }
 
 

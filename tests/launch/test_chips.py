@@ -4,12 +4,17 @@ import pytest
 
 from mllm_jax.config import ConfigError
 from mllm_jax.launch.chips import CHIPS, chip_of, chips_of, peak_of, shape_of
+from mllm_jax.plan import topology as planned
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_the_shape_of_a_slice_multiplies_to_its_chips_and_has_the_axes_of_the_torus(name):
     for chips, shape in CHIPS[name].slices.items():
-        assert chips_of(shape) == chips and 2 * len(shape.split("x")) == CHIPS[name].links
+        assert chips_of(shape) == chips and len(shape.split("x")) == planned.CHIPS[name].dims
+
+
+def test_runs_and_plans_measure_by_the_same_peak():
+    assert {k: (c.peak, c.per_host) for k, c in planned.CHIPS.items()} == {k: (CHIPS[k].peak, CHIPS[k].host) for k in planned.CHIPS}
 
 
 @pytest.mark.parametrize(("kind", "name"), [
