@@ -165,6 +165,27 @@ def check_rows(field: str, rows: int, layout: Layout, mesh: Mesh) -> None:
                           f"{parts} parts of the rows times {layout.microbatches} microbatches")
 
 
+def cut_axes(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[Mesh, tuple[str, ...], tuple[str, ...]] | None:
+    """(mesh, outer axes, inner axes): the same devices, each of these axes cut in two so that the inner parts count `size` together.
+
+    Devices that differ in the inner parts alone are neighbours on the axes.  None where no such cut exists.
+    """
+    inner, left = {}, size
+    for name in reversed(axes):
+        inner[name] = math.gcd(left, mesh.shape[name])
+        left //= inner[name]
+        if left > 1 and inner[name] != mesh.shape[name]:
+            return None
+    if left > 1:
+        return None
+    names, sizes = [], []
+    for name, n in mesh.shape.items():
+        names += [f"{name}.out", f"{name}.in"] if name in inner else [name]
+        sizes += [n // inner[name], inner[name]] if name in inner else [n]
+    cut = Mesh(mesh.devices.reshape(sizes), tuple(names), axis_types=(AxisType.Auto,) * len(names))
+    return cut, tuple(f"{a}.out" for a in axes), tuple(f"{a}.in" for a in axes)
+
+
 def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """(index, count) of the part of the rows that this process must read.
 

@@ -148,12 +148,12 @@ class Decoder(nnx.Module):
             return None
         tied = self.head is None
         tables = (self.embedding.table, self.embedding.added) if tied else (self.head, self.head_added)
-        # Gathered here, once, and not in every chunk of the loss; and before they are joined, for their parts lie on other devices.
-        parts = [constrain(x[...].T if tied else x[...], "embed_act vocab") for x in tables if x is not None]
+        parts = [constrain(x[...].T if tied else x[...], "embed vocab") for x in tables if x is not None]
         if self.head_bias is not None:
-            bias = constrain(self.head_bias[...][None], "embed_act vocab")
-            return constrain(jnp.concatenate([parts[0], bias]), "embed_act vocab")
-        return parts[0] if len(parts) == 1 else constrain(jnp.concatenate(parts, axis=1), "embed_act vocab")
+            # Gathered before they are joined, for their parts lie on other devices.
+            whole = [constrain(x, "embed_act vocab") for x in (*parts, self.head_bias[...][None])]
+            return constrain(jnp.concatenate(whole), "embed_act vocab")
+        return parts[0] if len(parts) == 1 else constrain(jnp.concatenate(parts, axis=1), "embed vocab")
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32[b s] -> f[b s d]."""

@@ -15,6 +15,7 @@ from mllm_jax.config import ConfigError, config
 from mllm_jax.decoders.layers import Memory
 from mllm_jax.decoders.transformer import Cache, DecoderConfig
 from mllm_jax.models.tower import Tower, TowerConfig
+from mllm_jax.sharding import constrain
 from mllm_jax.types import Batch, Features, Media, Outputs, struct
 
 
@@ -77,7 +78,8 @@ class MLLM(nnx.Module):
     def extend(self, enter: Entering, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits f32[b v] after the last of these positions, and the cache with all of them in it."""
         hidden, _, cache = self.decoder(enter.x, batch, memory=enter.memory, deep=enter.deep, cache=cache)
-        logits = jnp.einsum("bd,dv->bv", hidden[:, -1].astype(jnp.float32), self.decoder.unembed.astype(jnp.float32))
+        unembed = constrain(self.decoder.unembed, "embed_act vocab").astype(jnp.float32)
+        logits = jnp.einsum("bd,dv->bv", hidden[:, -1].astype(jnp.float32), unembed)
         return logits, cache
 
 

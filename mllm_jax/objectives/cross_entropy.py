@@ -7,6 +7,9 @@ left: in instruction tuning, where 15-30 % of the positions are trained, the oth
 The gradient is made in the same pass, while the logits of a chunk are at hand: three matmuls instead of
 the four of a rematerialized loss (after the fused linear cross-entropy of Liger, arXiv:2410.10989, and
 Cut Cross-Entropy, arXiv:2411.09009).  For a frozen output matrix it is two.
+
+This holds the whole matrix on every chip.  Where the mesh splits it over chips that have different rows it stays split, and
+split_vocabulary.py does the work.
 """
 
 import functools
@@ -15,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.objectives import split_vocabulary
 from mllm_jax.sharding import constrain, row_shards
 from mllm_jax.types import struct
 
@@ -37,13 +41,19 @@ def cross_entropy(
 
     The loss is the nll + z_loss * log-partition^2; with `smoothing` that part of the target is spread over all tokens.
     """
-    loss, nll, correct = _fused((z_loss, smoothing), hidden, unembed, targets, weights)
+    split = split_vocabulary.plan(hidden, unembed, CHUNK_FLOATS)
+    if split is None:
+        # Gathered here, once, and not in every chunk.
+        loss, nll, correct = _fused((z_loss, smoothing), hidden, constrain(unembed, "embed_act vocab"), targets, weights)
+    else:
+        loss, nll, correct = _split((split, (z_loss, smoothing)), hidden, unembed, targets, weights)
     return Sums(loss=loss, nll=jax.lax.stop_gradient(nll), correct=jax.lax.stop_gradient(correct))
 
 
 def token_log_probs(hidden: jax.Array, unembed: jax.Array, targets: jax.Array) -> jax.Array:
     """Log-probability f32[b s] of every target, a few columns at a time; differentiable in any combination."""
     b, s, d = hidden.shape
+    unembed = constrain(unembed, "embed_act vocab")
     size = chunk_size(b, s, unembed.shape[1])
     pad = -s % size
     split = lambda x: jnp.moveaxis(jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, -1, size, *x.shape[2:]), 1, 0)
@@ -86,6 +96,31 @@ def _backward(options, saved, cotangents):
 
 
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _split(how, hidden, unembed, targets, weights):
+    return split_vocabulary.forward(*how, hidden, unembed, targets, weights)[0]
+
+
+def _split_forward(how, hidden, unembed, targets, weights):
+    h, m, y, w = (a.value for a in (hidden, unembed, targets, weights))
+    sums, lse = split_vocabulary.forward(*how, h, m, y, w)
+    wanted = tuple(() if a.perturbed else None for a in (hidden, unembed))      # static, as a leaf of the saved values would not be
+    return sums, (h, m, y, w, lse, wanted)
+
+
+def _split_backward(how, saved, cotangents):
+    hidden, unembed, targets, weights, lse, wanted = saved
+    up = cotangents[0]
+    if isinstance(up, jax.custom_derivatives.SymbolicZero):
+        up = jnp.zeros(())
+    d_hidden, d_unembed = split_vocabulary.backward(
+        *how, hidden, unembed, targets, weights * up, lse, *(a is not None for a in wanted))
+    return d_hidden, d_unembed, np.zeros(targets.shape, jax.dtypes.float0), jnp.zeros_like(weights)
+
+
+_split.defvjp(_split_forward, _split_backward, symbolic_zeros=True)
 
 
 def _loop(options, hidden, unembed, targets, weights, want_hidden: bool, want_unembed: bool):
