@@ -65,7 +65,8 @@ class Data:
     on_bad_example: str = "raise"       # an example that cannot be read: "raise" or "skip" (counted)
     augment: tuple[Any, ...] = ()       # changes of the media, keyed by the id of the example
     seed: int = 0
-    workers: int = 0                    # processes that read; part of the iterator's state
+    workers: int = 0                    # processes that read, for each shard
+    shards: int | None = None           # parts of the stream, which fix its order on any hosts; None: as many as hosts when it begins
 
 
 @config

@@ -192,6 +192,18 @@ def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     Processes whose devices hold the same rows (tensor parallelism across hosts) read the same part, so
     the answer comes from the sharding and not from the number of processes.
     """
+    parts, mine = _parts(mesh, process)
+    return parts.index(mine), len(parts)
+
+
+def host_rows(mesh: Mesh, count: int) -> tuple[int, ...]:
+    """Which rows of a batch of `count` this process holds; with devices in an odd order they need not lie together."""
+    each = count // row_shards(mesh)
+    return tuple(part * each + row for part in _parts(mesh)[1] for row in range(each))
+
+
+def _parts(mesh: Mesh, process: int | None = None) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The parts of the rows that hosts hold, of all of them and of one."""
     process = jax.process_index() if process is None else process
     n = row_shards(mesh)
     owned: dict[int, set[int]] = {}
@@ -200,7 +212,7 @@ def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     groups = sorted({tuple(sorted(r)) for r in owned.values()})
     if len({len(g) for g in groups}) != 1 or sum(map(len, groups)) != n:
         raise ConfigError(f"hosts hold unequal parts of the batch: {groups}; choose a mesh whose rows divide over hosts")
-    return groups.index(tuple(sorted(owned[process]))), len(groups)
+    return groups, tuple(sorted(owned[process]))
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

@@ -1,24 +1,28 @@
 """A stage's data as a stream of batches: mixed, packed, decoded ahead of the step, and exactly resumable.
 
-    each source:  shuffled records for ever -> every n-th for this host -> encode -> [workers] -> without bad ones
-    all of them:  mix by weight -> pack -> decode in threads -> batch -> prefetch
+    a shard:      each source:  shuffled records for ever -> every n-th for this shard -> encode -> [workers] -> without bad ones
+                  all of them:  mix by weight -> pack
+    a batch:      so many rows of each shard -> decode in threads -> batch -> prefetch
 
-The order matters. Hosts take their share before the mixture, for the mixture is a fixed pattern and every n-th of
+The order matters. Shards take their part before the mixture, for the mixture is a fixed pattern and every n-th of
 it may come from one source alone.  Bad examples leave before it too, or they would eat into the weight of
 their source.  Worker processes only read and encode, one record to one record, so that the stream does not depend on
 their number.  Packing comes before decoding, so that restoring repeats little.
 
-Batch t of a host is a function of (data, seed, shard); the state of an iterator is a small JSON value.
+Row r of the batch always comes from shard r // (rows / shards), whichever host wants it.  So batch t is a function of (data, seed,
+shards), the state of a shard is a small JSON value that any host goes on from, and hosts may come and go.  A host that wants
+some rows of a shard reads and packs all of it, and decodes its own.
 """
 
 import copy
 import hashlib
 import os
+import re
 import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +47,11 @@ AHEAD = 2                                           # batches that are ready bef
 _SMALL = 4_096                                      # Grain's shuffle takes 3 ms a record for sources of ten, 6 us from here on
 SAMPLED = 9                                         # records that tell whether a source waits for its storage
 PATIENCE = 1_000                                    # this many bad examples in a row, and a whole epoch: give up
+LIVES = 3                                           # times that the workers of a source may die at one record
+
+
+class WorkersLost(RuntimeError):
+    """The processes that read a source die again and again."""
 
 
 class Loader:
@@ -51,14 +60,15 @@ class Loader:
     Args:
       data: a recipe.Data.
       towers: modality -> how it enters the model; `{}` for text alone.
-      rows: rows of a batch of this host.
-      shard: (index of this host, number of hosts).
+      rows: rows of the whole batch, of all hosts.
+      mine: which of them this host wants, in rising order; None: all.
+      shards: parts that the stream is divided into; a state says its own number, and goes on with that.
       root: folder that relative paths of sources are under.
       exact: reference pixels instead of fast ones.
       open: name, root -> source.
 
     Raises:
-      ConfigError: a source, template or weight that cannot be used, an empty source.
+      ConfigError: a source, template or weight that cannot be used, an empty source, shards that do not divide the rows.
     """
 
     def __init__(
@@ -68,7 +78,8 @@ class Loader:
         tokenizer: Any,
         *,
         rows: int,
-        shard: tuple[int, int] = (0, 1),
+        mine: Iterable[int] | None = None,
+        shards: int = 1,
         root: Path | None = None,
         seed: int = 0,
         exact: bool = False,
@@ -77,34 +88,31 @@ class Loader:
         weights = {name: float(w) for name, w in data.sources.items() if w != 0}
         if not weights or min(weights.values()) < 0:
             raise ConfigError(f"data.sources needs weights of at least 0, and one above; got {dict(data.sources)}")
+        check_shards(shards, rows)
         self.data, self.towers, self.tokenizer = data, towers, tokenizer
-        self.rows, self.shard, self.exact = rows, shard, exact
+        self.rows, self.mine, self.shards, self.exact = rows, tuple(range(rows) if mine is None else mine), shards, exact
         self.seed = f"{seed}/{data.seed}"
         self.template = Template(data.template, tokenizer)
         self.spec = row_spec(data.seq_len, data.items, towers, tokenizer.pad_token_id)
         self.sources = {name: open(name, root) for name in weights}
         self.weights = weights
-        workers = _share(data.workers, weights)
-        streams = {name: self._stream(name, source, workers[name]) for name, source in self.sources.items()}
-        self.stream = grain.IterDataset.mix(streams, weights)
+        for name, source in self.sources.items():
+            if not len(source):
+                raise ConfigError(f"the source {name!r} has no records")
+        self.threads = {name: min(4, os.cpu_count() or 1) if _waits(self.entries(name)) else 0 for name in weights}
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
 
-    def _stream(self, name: str, source: Any, workers: int) -> grain.IterDataset:
-        if not len(source):
-            raise ConfigError(f"the source {name!r} has no records")
-        entries = _Entries(name, source, self.template, self.towers, self.spec, self.data.overlong, f"{self.seed}/{name}")
-        index, count = self.shard
-        threads = min(4, os.cpu_count() or 1) if _waits(entries) else 0
-        stream = grain.MapDataset.source(entries)[index::count].to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=32 if threads else 0)
-        )
-        if workers:
-            if not flags.FLAGS.is_parsed():         # Grain reads flags when it starts processes
-                flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16))
-        return _Good(stream, strict=self.data.on_bad_example != "skip", patience=max(PATIENCE, len(source)), name=name)
+    def entries(self, name: str) -> "_Entries":
+        return _Entries(name, self.sources[name], self.template, self.towers, self.spec, self.data.overlong, f"{self.seed}/{name}")
+
+
+def check_shards(shards: int, rows: int) -> None:
+    """Raises ConfigError if a batch cannot have as many rows of each shard."""
+    if shards < 1 or rows % shards:
+        raise ConfigError(f"data.shards is {shards} and must divide the {rows} rows of a batch; choose one of "
+                          f"{', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}")
 
 
 class BatchIterator(Iterator[Rows]):
@@ -112,12 +120,13 @@ class BatchIterator(Iterator[Rows]):
 
     def __init__(self, loader: Loader):
         self.loader = loader
-        self._batches = _Batches(loader)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[Future] = deque()
+        self._begin(loader.shards)
+
+    def _begin(self, shards: int) -> None:
+        self._batches = _Batches(self.loader, shards)
         self._state = self._batches.get_state()     # behind the last batch returned, not the last one made
-        self._examples: dict[str, int] = {}
-        self._dropped: dict[tuple[str, str], int] = {}
         self.close = weakref.finalize(self, _close, self._thread, self._ahead, self._batches)
 
     def __enter__(self) -> Self:
@@ -136,86 +145,133 @@ class BatchIterator(Iterator[Rows]):
         except BaseException:
             self.close()
             raise
-        _add(self._examples, rows.info.examples)
-        _add(self._dropped, rows.info.dropped)
-        return replace(rows, info=replace(rows.info, examples=dict(self._examples), dropped=dict(self._dropped)))
+        return rows
 
     def get_state(self) -> dict[str, Any]:
-        """A JSON value: the next batch will be the one after the last that was returned."""
+        """A JSON value: the next batch will be the one after the last that was returned.
+
+        It holds the shards that this host reads; `merge` puts those of all hosts together.
+        """
+        return self._state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken, by hosts of any number: it must hold all shards that this one reads."""
+        _stop(self._ahead)
+        if state["shards"] != self._batches.count:
+            self.close.detach()
+            self._batches.close()
+            self._begin(state["shards"])
+        self._batches.set_state(state)
+        self._state = self._batches.get_state()
+
+
+def merge(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all hosts as one; hosts that share a shard have the same of it."""
+    states = list(states)
+    return {"shards": states[0]["shards"], "of": {k: shard for state in states for k, shard in state["of"].items()}}
+
+
+def dropped(state: Mapping[str, Any]) -> dict[str, int]:
+    """"source/reason" -> examples that were left out since the start."""
+    total: dict[str, int] = {}
+    for shard in state["of"].values():
+        _add(total, {f"{source}/{reason}": count for source, reason, count in shard["dropped"]})
+    return total
+
+
+class _Shard:
+    """One part of the stream: its rows, and what went into them."""
+
+    def __init__(self, loader: Loader, index: int, count: int, beside: int):
+        data = loader.data
+        self.name = str(index)
+        workers = _share(data.workers, loader.weights)
+        streams = {}
+        for name, source in loader.sources.items():
+            streams[name] = _Good(
+                loader.entries(name), index, count, workers=workers[name], threads=-(-loader.threads[name] // beside),
+                strict=data.on_bad_example != "skip", patience=max(PATIENCE, len(source)))
+        self.entries = grain.IterDataset.mix(streams, loader.weights).__iter__()
+        self.packer = Packer(self.entries, loader.spec, pack=data.pack and not loader.template.pairs)
+        self.examples: dict[str, int] = {}
+        self.dropped: dict[tuple[str, str], int] = {}
+
+    def get_state(self) -> dict[str, Any]:
         return {
-            "workers": self.loader.data.workers,
-            "shard": list(self.loader.shard),
-            "examples": dict(self._examples),
-            "dropped": [[source, reason, count] for (source, reason), count in self._dropped.items()],
-            "stream": self._state,
+            "stream": self.packer.get_state(),
+            "examples": dict(self.examples),
+            "dropped": [[source, reason, count] for (source, reason), count in self.dropped.items()],
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken.
-
-        Raises:
-          ConfigError: it was taken with another number of workers or hosts.
-        """
-        for name, here in (("workers", self.loader.data.workers), ("shard", list(self.loader.shard))):
-            if state[name] != here:
-                raise ConfigError(f"the data was stopped with {name}={state[name]} and cannot go on with {here}; restore that number")
-        _stop(self._ahead)
-        self._batches.set_state(state["stream"])
-        self._state = state["stream"]
-        self._examples = dict(state["examples"])
-        self._dropped = {(source, reason): count for source, reason, count in state["dropped"]}
-
-
-class _Batches(Iterator[Rows]):
-    """Batches as they are made, in one background thread; `info` counts this batch alone."""
-
-    def __init__(self, loader: Loader):
-        self.loader = loader
-        data = loader.data
-        self.entries = loader.stream.__iter__()
-        self.packer = Packer(self.entries, loader.spec, pack=data.pack and not loader.template.pairs)
-        self.pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
-
-    def __next__(self) -> Rows:
-        loader, rows, media = self.loader, [], []
-        examples: dict[str, int] = {}
-        dropped: dict[tuple[str, str], int] = {}
-        while len(rows) < loader.rows:
-            packed = [next(self.packer) for _ in range(loader.rows - len(rows))]
-            places = [place for row in packed for place in row.media]
-            data = loader.data
-            decoded = iter(
-                decode_items(places, loader.towers, exact=loader.exact, augment=data.augment, seed=loader.seed, map=self.pool.map)
-            )
-            for row in packed:
-                mine = [next(decoded) for _ in row.media]
-                bad = {p.segment: d for p, d in zip(row.media, mine, strict=True) if isinstance(d, BadExample)}
-                for error in bad.values():
-                    if data.on_bad_example != "skip":
-                        raise error
-                for segment, entry in enumerate(row.entries, start=1):
-                    _add(dropped, _tally(entry.dropped))
-                    if segment in bad:
-                        _add(dropped, {(entry.sequence.source, bad[segment].reason): 1})
-                    else:
-                        _add(examples, {entry.sequence.source: 1})
-                row, mine = mend(row, mine, loader.spec)
-                if row is not None:
-                    rows.append(row)
-                    media.append(mine)
-        info: BatchInfo = replace(describe(rows), examples=examples, dropped=dropped)
-        return Rows(batch=collate(rows, media, loader.spec), info=info)
-
-    def get_state(self) -> dict[str, Any]:
-        return self.packer.get_state()
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        self.packer.set_state(state)
+        self.packer.set_state(state["stream"])
+        self.examples = dict(state["examples"])
+        self.dropped = {(source, reason): count for source, reason, count in state["dropped"]}
 
     def close(self) -> None:
         self.entries.close()
         # Let go while the interpreter is whole: Grain's iterators close themselves again when they are deleted.
         self.entries = self.packer = None
+
+
+class _Batches(Iterator[Rows]):
+    """Batches as they are made, in one background thread."""
+
+    def __init__(self, loader: Loader, count: int):
+        self.loader, self.count, self.each = loader, count, loader.rows // count
+        here = sorted({row // self.each for row in loader.mine})
+        self.shards = {k: _Shard(loader, k, count, len(here)) for k in here}
+        self.pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+
+    def __next__(self) -> Rows:
+        loader, data = self.loader, self.loader.data
+        skip, mine = data.on_bad_example == "skip", set(loader.mine)
+        made: dict[int, list] = {k: [] for k in self.shards}
+        while lacking := [(k, n) for k, rows in made.items() for n in range(len(rows), self.each)]:
+            packed = [(k, next(self.shards[k].packer), k * self.each + n) for k, n in lacking]
+            # A row of another host counts here only where a broken one would leave its place to the next.
+            wanted = [skip or number in mine for _, _, number in packed]
+            places = [place for (_, row, _), want in zip(packed, wanted) if want for place in row.media]
+            decoded = iter(
+                decode_items(places, loader.towers, exact=loader.exact, augment=data.augment, seed=loader.seed, map=self.pool.map)
+            )
+            for (k, row, _), want in zip(packed, wanted):
+                items = [next(decoded) for _ in row.media] if want else []
+                bad = {p.segment: d for p, d in zip(row.media, items) if isinstance(d, BadExample)}
+                for error in bad.values():
+                    if not skip:
+                        raise error
+                shard = self.shards[k]
+                for segment, entry in enumerate(row.entries, start=1):
+                    _add(shard.dropped, _tally(entry.dropped))
+                    if segment in bad:
+                        _add(shard.dropped, {(entry.sequence.source, bad[segment].reason): 1})
+                    else:
+                        _add(shard.examples, {entry.sequence.source: 1})
+                if want:
+                    row, items = mend(row, items, loader.spec)
+                if row is not None:
+                    made[k].append((row, items))
+        rows, media = zip(*(made[number // self.each][number % self.each] for number in loader.mine))
+        info: BatchInfo = replace(describe(rows), examples=self._sum("examples"), dropped=self._sum("dropped"))
+        return Rows(batch=collate(rows, media, loader.spec), info=info)
+
+    def _sum(self, what: str) -> dict:
+        total: dict = {}
+        for shard in self.shards.values():
+            _add(total, getattr(shard, what))
+        return total
+
+    def get_state(self) -> dict[str, Any]:
+        return {"shards": self.count, "of": {shard.name: shard.get_state() for shard in self.shards.values()}}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        for shard in self.shards.values():
+            shard.set_state(state["of"][shard.name])
+
+    def close(self) -> None:
+        for shard in self.shards.values():
+            shard.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -288,38 +344,79 @@ def _waits(entries: _Entries) -> bool:
 
 
 class _Good(grain.IterDataset):
-    """Entries without the dropped ones, which are counted on the next entry so that no count is lost."""
+    """Entries of one shard without the dropped ones, which are counted on the next entry so that no count is lost."""
 
-    def __init__(self, parent: grain.IterDataset, *, strict: bool, patience: int, name: str):
-        super().__init__(parent)
-        self.strict, self.patience, self.name = strict, patience, name
+    def __init__(self, entries: _Entries, index: int, count: int, *, workers: int, threads: int, strict: bool, patience: int):
+        super().__init__()
+        self.entries, self.index, self.count = entries, index, count
+        self.workers, self.threads, self.strict, self.patience = workers, threads, strict, patience
 
     def __iter__(self) -> "_GoodIterator":
-        return _GoodIterator(self._parent.__iter__(), self)
+        return _GoodIterator(self)
+
+    def records(self, start: int) -> grain.DatasetIterator:
+        """All entries of the shard from this one on."""
+        stream = grain.MapDataset.source(self.entries)[self.index + start * self.count :: self.count].to_iter_dataset(
+            grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=8 * self.threads)
+        )
+        if self.workers:
+            if not flags.FLAGS.is_parsed():         # Grain reads flags when it starts processes
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=16))
+        return stream.__iter__()
 
 
 class _GoodIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, rule: _Good):
-        super().__init__(parent)
-        self.rule = rule
+    """Its state is how many records were read, whoever reads them: so workers may change in number, and be replaced when they die."""
+
+    def __init__(self, rule: _Good):
+        super().__init__()
+        self.rule, self.read = rule, 0
+        self.records: grain.DatasetIterator | None = None
 
     def __next__(self) -> Entry:
         dropped: list[tuple[str, str]] = []
         while True:
-            element = next(self._parent)
+            element = self._next()
             if isinstance(element, Entry):
                 return replace(element, dropped=tuple(dropped))
             if self.rule.strict and not element.tolerated:
                 raise element.error
             dropped.append((element.source, element.error.reason))
             if len(dropped) >= self.rule.patience:
-                raise ConfigError(f"the last {len(dropped)} records of {self.rule.name!r} were all bad; the last: {element.error}")
+                raise ConfigError(f"the last {len(dropped)} records of {self.rule.entries.name!r} were all bad; the last: {element.error}")
+
+    def _next(self) -> Entry | _Dropped:
+        for life in range(1, LIVES + 1):
+            try:
+                if self.records is None:
+                    self.records = self.rule.records(self.read)
+                element = next(self.records)
+                self.read += 1
+                return element
+            except RuntimeError as error:           # Grain's, which has no class of its own
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                self.close()
+                said = str(error)
+            print(f"a worker that reads {self.rule.entries.name!r} has died ({life} of {LIVES} times at this record); "
+                  "reading goes on with new ones", file=sys.stderr, flush=True)
+        code = re.search(r"exit code (-?\d+)", said)
+        raise WorkersLost(f"the workers that read {self.rule.entries.name!r} die at its record {self.read}, the last with exit code "
+                          f"{code[1] if code else '?'} (-9: often for want of memory); lower data.workers, 0 reads in the run's own process")
 
     def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state()
+        return {"read": self.read}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state)
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.close()
+        self.read = state["read"]
+
+    def close(self) -> None:
+        """Of the records; they are opened again when the next one is asked for."""
+        records, self.records = self.records, None
+        if records is not None:
+            records.close()
 
 
 def _share(workers: int, weights: Mapping[str, float]) -> dict[str, int]:

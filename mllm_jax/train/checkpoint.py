@@ -73,8 +73,8 @@ class Checkpoints:
             with _explained(self, f"step {pending[0]}"):
                 pending[1].result()
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, Any, dict[str, Any]] | None:
-        """(state, this host's iterator state, meta) of the newest checkpoint, or None if there is none."""
+    def restore(self, abstract: TrainState) -> tuple[TrainState, list[Any], dict[str, Any]] | None:
+        """(state, the iterator states of all hosts, meta) of the newest checkpoint, or None if there is none."""
         step = self.latest()
         if step is None:
             return None
@@ -87,11 +87,7 @@ class Checkpoints:
             frozen = ocp.load(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
         state = TrainState(step=found["state"]["step"], params=found["state"]["params"], frozen=frozen,
                            opt_state=found["state"]["opt_state"], ema=found["state"].get("ema"))
-        states = found["meta"]["data_states"]
-        if len(states) != jax.process_count():
-            raise CheckpointError(f"{path} was written by {len(states)} hosts and is read by {jax.process_count()}; "
-                                  "resume on as many hosts as before")
-        return state, states[jax.process_index()], found["meta"]
+        return state, found["meta"]["data_states"], found["meta"]
 
     def close(self) -> None:
         self.wait()

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError, compare, config, nearest, to_json
+from mllm_jax.data.loader import check_shards
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.vocabulary import recipe_tokenizer, stage_tokenizer
 from mllm_jax.hosts import together
@@ -106,6 +107,7 @@ def _check(recipe: Recipe, options: RunOptions) -> Mesh:
     mesh = options.layout.make_mesh()
     for name, stage in recipe.stages.items():
         sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, options.layout, mesh)
+        check_shards(stage.data.shards or 1, stage.data.batch_size)
     if not _begins(recipe, options):
         differs = compare(_claimed(options.out), _plain(recipe))
         if differs:

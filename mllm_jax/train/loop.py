@@ -8,19 +8,17 @@ randomness is folded from (seed, step).  Several processes take the same steps, 
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from mllm_jax import sharding
 from mllm_jax.config import ConfigError
-from mllm_jax.data.loader import Loader
+from mllm_jax.data.loader import Loader, dropped, merge
 from mllm_jax.hf.load import load_subtree
-from mllm_jax.hosts import Lockstep, gather, is_writer
+from mllm_jax.hosts import Lockstep, gather
 from mllm_jax.train.adapters import trained_of
 from mllm_jax.train.checkpoint import Checkpoints, initial_params
 from mllm_jax.train.feed import Fed, Feed
@@ -68,12 +66,13 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
         start = done = int(state.step)
         ledger.begin(name, start)
         ledger.turn("start")
+        data_state = iterator.get_state()
         feed = Feed(iterator, mesh)
         step = jit_step(blueprint.graph, stage, optimizer, options.layout)
         key = jax.random.key(stage.data.seed)
         rate = schedule(stage.optimizer, stage.steps)
         program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1], options.peak)
-        first_loss = data_state = None
+        first_loss = None
 
         def save() -> None:
             _check_number(log.flush(), done, recent.pop(done, ()), run.stage_folder(name), checkpoints)
@@ -120,7 +119,8 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
         ledger.turn("save")
         checkpoints.wait()
         return totals.summary(stage=name, steps=stage.steps, seconds=log.seconds, compile_seconds=compiled,
-                              first_loss_seconds=first_loss, params=(blueprint, trained), mesh=mesh)
+                              first_loss_seconds=first_loss, params=(blueprint, trained),
+                              dropped=dropped(merge(gather(data_state))))
     finally:
         trace.close()
         if feed is not None:
@@ -143,10 +143,10 @@ def _idle(running: Any) -> bool:
 
 def make_loader(run: Run, name: str) -> Loader:
     """The stream of one stage, the part of this host."""
-    stage = run.recipe.stages[name]
-    share = sharding.host_share(run.mesh)
-    return Loader(stage.data, run.model_of(name).inputs, run.tokenizer_of(name), rows=stage.data.batch_size // share[1], shard=share,
-                  root=run.options.data_root, seed=stage.data.seed)
+    data = run.recipe.stages[name].data
+    return Loader(data, run.model_of(name).inputs, run.tokenizer_of(name), rows=data.batch_size,
+                  mine=sharding.host_rows(run.mesh, data.batch_size), shards=data.shards or sharding.host_share(run.mesh)[1],
+                  root=run.options.data_root, seed=data.seed)
 
 
 def _resume_or_start(run: Run, name: str, blueprint: Blueprint, trained: set[str], optimizer: Any, checkpoints: Checkpoints,
@@ -156,8 +156,8 @@ def _resume_or_start(run: Run, name: str, blueprint: Blueprint, trained: set[str
     iterator = iter(loader)
     found = checkpoints.restore(abstract_state(blueprint, trained, optimizer, ema=stage.ema is not None))
     if found is not None:
-        state, data_state, meta = found
-        iterator.set_state(data_state)
+        state, data_states, meta = found
+        iterator.set_state(merge(data_states))
         log.detail(f"{name}: goes on from step {meta['step']}")
         return state, iterator
     params = initial_params(blueprint, stage.weights, run_dir=run.folder, runs=run.folder.parent, previous=run.previous(name),
@@ -206,7 +206,6 @@ class _Totals:
         self.peak = peak                # FLOP/s of all devices; 0 if it is not known
         self.hosts = hosts              # that read different rows; each counts its own, and they are alike in size
         self.counts = dict.fromkeys(("steps", "rows", "examples", "tokens", "images", "flops", "waited"), 0.0)
-        self.dropped: Mapping[tuple[str, str], int] = {}
         self.losses: list[float] = []
 
     def begin(self) -> None:
@@ -223,7 +222,6 @@ class _Totals:
                 "images": sum(info.frames.get(m, n) for m, n in info.media.items()) * hosts, "flops": flops, "waited": waited}
         for key, value in read.items():
             self.counts[key] += value
-        self.dropped = info.dropped
         seconds, self.last = max(now - self.last, 1e-9), now
         if self.counts["steps"] == 1:   # dispatched, not done: there is no rate yet
             return {"data_wait_s": waited}
@@ -234,11 +232,8 @@ class _Totals:
         """What of the devices' best is useful: the positions and images that are there, nothing padded and nothing done twice."""
         return {"mfu": flops_per_s / self.peak} if self.peak else {}
 
-    def summary(self, *, params: tuple[Blueprint, set[str]], seconds: float, mesh: Mesh, **facts: Any) -> dict[str, Any]:
+    def summary(self, *, params: tuple[Blueprint, set[str]], seconds: float, **facts: Any) -> dict[str, Any]:
         blueprint, trained = params
-        dropped: Counter[str] = Counter()
-        for host in gather({f"{source}/{reason}": n for (source, reason), n in self.dropped.items()} if is_writer(mesh) else {}):
-            dropped.update(host)
         busy = max(time.monotonic() - self.began, 1e-9) if self.counts["steps"] else 1.0
         sizes = {k: math.prod(v.shape) for k, v in blueprint.shapes.items()}
         return facts | {
@@ -248,5 +243,4 @@ class _Totals:
             **{f"{k}_per_s": self.counts[k] / busy for k in ("rows", "examples", "tokens", "images", "flops")},
             **self.mfu(self.counts["flops"] / busy),
             "data_wait_s": round(self.counts["waited"], 3),
-            "dropped": dict(dropped),
         }

@@ -3,6 +3,10 @@
 import hashlib
 import io
 import json
+import multiprocessing
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,9 +19,10 @@ from PIL import Image
 
 from mllm_jax.config import ConfigError
 from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.data import loader as loader_module
 from mllm_jax.data.augment import HorizontalFlip, RandomResizedCrop
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.loader import Loader, _Entries, _share
+from mllm_jax.data.loader import Loader, WorkersLost, _Entries, _share, dropped, merge
 from mllm_jax.data.sources.shapes import Shapes
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.views import Square
@@ -113,26 +118,77 @@ def test_an_iterator_can_be_set_back(whole):
         assert [digest(next(batches)) for _ in range(3)] == whole[:3]
 
 
-def test_worker_processes_do_not_change_the_stream(whole):
+def test_worker_processes_do_not_change_the_stream_whether_they_live_or_die(whole, capfd):
     many = loader(replace(MIX, workers=3), MIXED)
     assert _share(3, many.weights) == {"shapes": 2, "text": 1, "broken": 0}
     with iter(many) as batches:
         assert [digest(next(batches)) for _ in range(2)] == whole[:2]
         state = json.loads(json.dumps(batches.get_state()))
-        assert [digest(next(batches)) for _ in range(3)] == whole[2:5]
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        assert [digest(next(batches)) for _ in range(8)] == whole[2:]
+    said = capfd.readouterr().err
+    assert re.search(r"a worker that reads '\w+' has died \(1 of 3 times at this record\); reading goes on with new ones", said)
+    with iter(loader(MIX, MIXED)) as batches:       # the state does not know who read
         batches.set_state(state)
         assert [digest(next(batches)) for _ in range(4)] == whole[2:6]
 
 
-def test_a_state_of_other_workers_or_hosts_is_refused():
-    one = loader(data({"shapes": 1.0}), MIXED)
-    with iter(one) as batches:
-        state = batches.get_state()
-    two = loader(data({"shapes": 1.0}), MIXED, shard=(0, 2))
-    with iter(two) as batches, pytest.raises(ConfigError, match=r"shard=\[0, 1\] and cannot go on with \[0, 2\]"):
-        batches.set_state(state)
-    with iter(one) as batches, pytest.raises(ConfigError, match="stopped with workers=2 and cannot go on with 0"):
-        batches.set_state(state | {"workers": 2})
+def row_digests(rows) -> list[str]:
+    batch, media = rows.batch, rows.batch.media["image"]
+    arrays = (batch.tokens, batch.targets, batch.weights, batch.segments, batch.positions, media.values, media.coords, media.mask, media.slot)
+    return [hashlib.sha256(b"".join(a[r].tobytes() for a in arrays) + repr(ids).encode()).hexdigest() for r, ids in enumerate(rows.info.ids)]
+
+
+def on(hosts: int, batches: int, state=None, rows: int = 8, mix=MIX, shards: int = 4) -> tuple[list[list[str]], dict]:
+    """What so many hosts make of the stream from this state on: the rows of each batch, and the merged state behind them."""
+    out, states = [[""] * rows for _ in range(batches)], []
+    for host in range(hosts):
+        mine = range(host * rows // hosts, (host + 1) * rows // hosts)
+        # The number of shards that a host would begin with does not count when a state has its own.
+        with iter(loader(mix, MIXED, rows=rows, mine=mine, shards=hosts if state else shards)) as stream:
+            if state:
+                stream.set_state(state)
+            for batch in out:
+                batch[mine.start : mine.stop] = row_digests(next(stream))
+            states.append(json.loads(json.dumps(stream.get_state())))
+    return out, merge(states)
+
+
+def test_a_batch_is_the_same_whoever_reads_it_and_whoever_read_the_one_before():
+    wanted, end = on(1, 7)
+    first, state = on(4, 2)
+    then, state = on(2, 2, state)       # four shards on two hosts,
+    more, state = on(8, 2, state)       # and two hosts a shard
+    last, state = on(1, 1, state)
+    assert first + then + more + last == wanted and state == end
+    assert len({row for batch in wanted for row in batch}) == 7 * 8 and dropped(state)["broken/decode"]
+
+
+def test_a_host_decodes_only_its_rows_of_a_shard_where_a_broken_one_would_stop_the_run(monkeypatch):
+    sources, decoded = {"p": [picture(i, png(i)) for i in range(40)]}, []
+    real = loader_module.decode_items
+    monkeypatch.setattr(loader_module, "decode_items", lambda placed, *a, **k: decoded.append(len(placed)) or real(placed, *a, **k))
+    strict = data({"p": 1.0}, on_bad_example="raise", pack=False)
+    rows = [take(loader(strict, sources, rows=8, mine=mine), 1)[0] for mine in (range(4), range(4, 8), range(8))]
+    assert [r for half in rows[:2] for r in row_digests(half)] == row_digests(rows[2])
+    assert set(decoded[:2]) == {4} and decoded[-1] == 8
+
+
+def test_shards_must_divide_a_batch():
+    with pytest.raises(ConfigError, match="data.shards is 3 and must divide the 4 rows of a batch; choose one of 1, 2, 4"):
+        loader(MIX, MIXED, shards=3)
+
+
+class Deadly(list):
+    def __getitem__(self, i):
+        os._exit(7)
+
+
+def test_a_record_that_ends_every_worker_ends_the_run(monkeypatch):
+    monkeypatch.setattr(loader_module, "LIVES", 1)
+    with iter(loader(data({"text": 1.0}, workers=1), {"text": Deadly([text("text", 0)])})) as batches:
+        with pytest.raises(WorkersLost, match="the workers that read 'text' die at its record 0, the last with exit code 7 .*lower data.workers"):
+            next(batches)
 
 
 def test_seeds_change_the_order_and_epochs_do_too():
@@ -159,7 +215,8 @@ def test_hosts_share_an_epoch_without_overlap(hosts):
     sources = {"text": [text("text", i) for i in range(24)]}
     seen = []
     for host in range(hosts):
-        rows = take(loader(data({"text": 1.0}, pack=False), sources, rows=24 // hosts, shard=(host, hosts)), 1)[0]
+        mine = range(host * 24 // hosts, (host + 1) * 24 // hosts)
+        rows = take(loader(data({"text": 1.0}, pack=False), sources, rows=24, mine=mine, shards=hosts), 1)[0]
         seen += [row[0] for row in rows.info.ids]
     assert sorted(seen) == sorted(e.id for e in sources["text"])
 
@@ -167,7 +224,7 @@ def test_hosts_share_an_epoch_without_overlap(hosts):
 def test_every_host_sees_every_source():
     sources = {name: [text(name, i) for i in range(50)] for name in "ab"}
     for host in range(2):
-        mixed = loader(data({"a": 0.5, "b": 0.5}, pack=False), sources, shard=(host, 2), rows=20)
+        mixed = loader(data({"a": 0.5, "b": 0.5}, pack=False), sources, mine=range(20 * host, 20 * host + 20), shards=2, rows=40)
         counts = Counter(row[0][0] for row in take(mixed, 1)[0].info.ids)
         assert counts == {"a": 10, "b": 10}
 
@@ -226,7 +283,7 @@ def test_augmentation_follows_the_example_and_not_its_place():
         for b, ids in enumerate(rows.info.ids)
     }
     one = crops(rows=8)
-    two = crops(rows=4, shard=(0, 2)) | crops(rows=4, shard=(1, 2))
+    two = crops(rows=8, mine=range(4), shards=2) | crops(rows=8, mine=range(4, 8), shards=2)
     assert one == two and len(set(one.values())) == 8
 
 

@@ -81,7 +81,7 @@ def test_what_is_loaded_is_what_was_saved_on_any_mesh(layout: str, saved: tuple)
     checkpoints.close()
     assert bits(again) == bits(state)
     assert jax.tree.map(lambda x: x.sharding, again) == jax.tree.map(lambda x: x.sharding, abstract)
-    assert data_state == DATA_STATE
+    assert data_state == [DATA_STATE]
     assert (meta["recipe"], meta["stage"], meta["step"]) == ("r", "s", 7) and meta["versions"]["jax"] == jax.__version__
     params = read_params(folder, blueprint.shapes)
     assert bits(params) == bits(state.all_params(ema=True))
