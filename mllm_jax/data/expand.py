@@ -17,50 +17,84 @@ import numpy as np
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.layouts import MARK, Plain, alone, on_grid
-from mllm_jax.data.templates import Template
+from mllm_jax.data.templates import Stand, Template
 from mllm_jax.data.tokenizer import placeholder
 from mllm_jax.data.words import tokens_of
-from mllm_jax.types import KINDS, Blob, Example, Grid, Item, Run
+from mllm_jax.types import KINDS, Blob, Example, Grid, Item, Run, record
 from mllm_jax.types import Sequence as Tokens
 
 
+@record
+class Entry:
+    """A medium on its way into a row: its item, the tower that takes it, and what stands for it."""
+
+    item: Item
+    tower: Any
+    pieces: tuple[str | Run, ...]       # of its layout, without the text that merges with what stands around it
+    stand: Stand                        # that text, and the placeholder
+
+
+def plan(
+    example: Example, used: Sequence[int], template: Template, towers: Mapping[str, Any], texts: Sequence[str],
+) -> tuple[Entry, ...]:
+    """What the media of an example will be, from their headers.
+
+    Args:
+      used: indices of the media of the example, in the order of the text.
+      texts: what stands beside each of them, for a tower that reads it.
+
+    Raises:
+      BadExample: a medium is missing or broken.
+      ConfigError: a medium that no tower takes, a layout that does not fit the tower.
+    """
+    kinds = [example.media[i].kind for i in used]
+    ways = [entrance(towers, kind, several=kinds.count("image") > 1) for kind in kinds]
+    return tuple(_entry(_item(example.media[i], *way, text), way[1], template) for i, way, text in zip(used, ways, texts, strict=True))
+
+
+def _entry(item: Item, tower: Any, template: Template) -> Entry:
+    kind, lead, tail = item.blob.kind, "", ""
+    if template.pairs or tower.route == "memory":
+        return Entry(item=item, tower=tower, pieces=(), stand=Stand(kind, kind))
+    layout = tower.layout or Plain()
+    pieces = layout(item.cut, tower.num_tokens(item.cut.grid))
+    if isinstance(pieces[0], str) and template.merges(pieces[0])[0]:
+        lead, *pieces = pieces
+    if isinstance(pieces[-1], str) and template.merges(pieces[-1])[1]:
+        *pieces, tail = pieces
+    return Entry(item=item, tower=tower, pieces=tuple(pieces), stand=Stand(kind, layout.token or kind, lead, tail))
+
+
 def expand(
-    example: Example, ids: np.ndarray, weights: np.ndarray, used: Sequence[int], template: Template, towers: Mapping[str, Any],
-    texts: Sequence[str],
+    example: Example, ids: np.ndarray, weights: np.ndarray, entries: Sequence[Entry], template: Template, towers: Mapping[str, Any],
 ) -> tuple[Tokens, int]:
     """The sequence, and how many of its positions must stay together with its media when it is cut.
 
     Args:
       ids: i32[n] with a placeholder for each medium, or for none if the template is of pairs.
       weights: f32[n] of these ids.
-      used: indices of the media of the example, in the order of the text.
-      texts: what stands beside each of them, for a tower that reads it.
 
     Raises:
-      BadExample: a medium is missing or broken, or the placeholders are not as many as the media.
-      ConfigError: a medium that no tower takes, a layout that does not fit the tower.
+      BadExample: the placeholders are not as many as the media.
     """
-    kinds = [example.media[i].kind for i in used]
-    ways = [entrance(towers, kind, several=kinds.count("image") > 1) for kind in kinds]
-    items = tuple(_item(example.media[i], *way, text) for i, way, text in zip(used, ways, texts, strict=True))
     places = []
-    for kind in {} if template.pairs else dict.fromkeys(kinds):
+    for kind in {} if template.pairs else dict.fromkeys(entry.stand.token for entry in entries):
         token, id = placeholder(template.tokenizer, kind)
-        here, own = np.flatnonzero(ids == id), [i for i, k in enumerate(kinds) if k == kind]
+        here, own = np.flatnonzero(ids == id), [i for i, entry in enumerate(entries) if entry.stand.token == kind]
         if len(here) != len(own):
             raise BadExample("", "placeholders", f"the template left {len(here)} of {token} for {len(own)} {kind}s")
         places += zip(here.tolist(), own)
     line, at, before = _Line(template), 0, {}
     starts = []                         # of the tokens of each item among those of its input
-    for item in items:
-        starts.append(before.get(item.modality, 0))
-        before[item.modality] = starts[-1] + item.num_tokens
+    for entry in entries:
+        starts.append(before.get(entry.item.modality, 0))
+        before[entry.item.modality] = starts[-1] + entry.item.num_tokens
     for place, i in sorted(places):
         line.text(ids[at:place], weights[at:place])
-        line.medium(items[i], ways[i][1], starts[i], ids[place : place + 1])
+        line.medium(entries[i], starts[i], ids[place : place + 1])
         at = place + 1
     line.text(ids[at:], weights[at:])
-    return line.sequence(example, items, _sees(towers)), line.end
+    return line.sequence(example, tuple(entry.item for entry in entries), _sees(towers)), line.end
 
 
 def entrance(towers: Mapping[str, Any], kind: str, *, several: bool = False) -> tuple[str, Any]:
@@ -108,14 +142,15 @@ class _Line:
         places = np.repeat(np.arange(len(ids), dtype=np.int32)[:, None], 3, axis=1)
         self._add(ids, np.zeros(len(ids), np.float32) if weights is None else weights, places)
 
-    def medium(self, item: Item, tower: Any, start: int, id: np.ndarray) -> None:
+    def medium(self, entry: Entry, start: int, id: np.ndarray) -> None:
         """What stands for an item whose tokens begin with number `start`; `id` fills the places of media tokens."""
+        item, tower = entry.item, entry.tower
         if tower.route == "memory":     # the text after the placeholder reads this item
             self.items.append((self.at, item.modality, sum(name == item.modality for _, name, _ in self.items)))
             self.text(id)
             return
         layout, grid = tower.layout or Plain(), tower.num_tokens(item.cut.grid)
-        for piece in layout(item.cut, grid):
+        for piece in entry.pieces:
             if isinstance(piece, str):
                 self.text(self.template.piece(piece))
                 continue

@@ -7,13 +7,14 @@
     Marked()                        CogVLM: a learned vector before the image and one after it
 
 A layout is called with the plan of a medium and the grid of tokens that one tile has after the connector, and gives
-pieces: text, which is tokenized apart from what stands around it (special tokens are known, nothing is trained), and
-Runs of media tokens.  `marks` are the names of learned vectors that it places, `specials` the special tokens in its
-texts (a tokenizer made here is given them), `taps` says that some of its tokens are means of several.  All is done
-before anything is decoded, from the header.
+pieces: text (special tokens are known, nothing is trained), and Runs of media tokens.  `marks` are the names of learned
+vectors that it places, `specials` the special tokens in its texts (a tokenizer made here is given them), `taps` says that
+some of its tokens are means of several, and `token` which placeholder fills their places.  All is done before anything is
+decoded, from the header.
 """
 
 from dataclasses import replace
+from datetime import timedelta
 from math import sqrt
 from typing import Protocol
 
@@ -23,6 +24,9 @@ from mllm_jax.config import ConfigError, config
 from mllm_jax.types import Cut, Grid, Run
 
 Pieces = list[str | Run]
+SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+         "nineteen").split()
+TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 MARK = -2                               # the slot of the first mark of a layout; the next one is one less
 
 
@@ -30,6 +34,7 @@ class Layout(Protocol):
     marks: tuple[str, ...]
     specials: tuple[str, ...]
     taps: bool
+    token: str | None                   # the placeholder that fills the places of its runs; None: that of the medium
 
     def __call__(self, cut: Cut, grid: Grid) -> Pieces: ...
 
@@ -38,6 +43,7 @@ class _Bare:
     marks: tuple[str, ...] = ()
     specials: tuple[str, ...] = ()
     taps = False
+    token: str | None = None
 
 
 @config
@@ -89,7 +95,8 @@ class AnyRes(_Bare):
 class Spans(_Bare):
     """Text around and between tiles; frames of a video are rows of one tile each.
 
-    `{row}`, `{column}` and `{frame}` in the texts count from 1, `{seconds}` is the time of the frame.
+    `{row}`, `{column}` and `{frame}` in the texts count from 1, `{seconds}` is the time of the frame, `{clock}` the same as 01:05.
+    In `before`, `{count}` says in words how many frames there are, and `{length}` as 0:01:05 how long the video is.
     """
 
     before: str = ""                    # before all of it
@@ -101,6 +108,7 @@ class Spans(_Bare):
     overview: str = ""                  # before the overview
     after: str = ""                     # after all of it
     specials: tuple[str, ...] = ()
+    token: str | None = None            # "image" for a video whose frames are images to its tokenizer
     rate: float | None = None           # positions of time for each second, rounded down; None: one for each step (place="grid")
 
     def __call__(self, cut: Cut, grid: Grid) -> Pieces:
@@ -109,13 +117,17 @@ class Spans(_Bare):
         first, out = int(cut.overview == 0), []
         for i in range(frames * cut.rows * cut.columns):
             row, column = divmod(i, cut.columns)
-            names = {"row": row + 1, "column": column + 1, "frame": row + 1, "seconds": cut.seconds[row] if cut.seconds else 0.0}
+            seconds = cut.seconds[row] if cut.seconds else 0.0
+            clock = f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+            names = {"row": row + 1, "column": column + 1, "frame": row + 1, "seconds": seconds, "clock": clock}
             apart = self.between if column else self.row if row else ""
             out += [apart, self.tile.format(**names), run(first + i), self.close.format(**names)]
         if cut.overview is not None:
             whole, gap = [self.overview, run(cut.overview)], [self.gap] if out else []
             out = whole + gap + out if first else out + gap + whole
-        return [piece if isinstance(piece, str) else self._timed(piece, cut, grid) for piece in _joined([self.before, *out, self.after])]
+        # A length that is a whole number of seconds was divided and multiplied by the frames on its way.
+        before = self.before.format(count=in_words(cut.frames), length=timedelta(seconds=int(cut.every * cut.frames + 1e-6)))
+        return [piece if isinstance(piece, str) else self._timed(piece, cut, grid) for piece in _joined([before, *out, self.after])]
 
     def _timed(self, run: Run, cut: Cut, grid: Grid) -> Run:
         if self.rate is None:
@@ -180,7 +192,7 @@ class Marked(_Bare):
 
 
 INTERNVL = Spans(before="<img>", after="</img>", specials=("<img>", "</img>"))
-INTERNVL_VIDEO = Spans(tile="Frame{frame}: <img>", close="</img>", row="\n", specials=("<img>", "</img>"))
+INTERNVL_VIDEO = Spans(tile="Frame{frame}: <img>", close="</img>", row="\n", specials=("<img>", "</img>"), token="image")
 # Each step of a video with its time before it, and tags around it; the template "qwen3_vl" writes none around a video.
 QWEN3_VIDEO = Spans(tile="<{seconds:.1f} seconds><|vision_start|>", close="<|vision_end|>", specials=("<|vision_start|>", "<|vision_end|>"))
 IDEFICS3 = Spans(
@@ -188,6 +200,21 @@ IDEFICS3 = Spans(
     overview="<fake_token_around_image><global-img>", after="<fake_token_around_image>",
     specials=("<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))),
 )  # fmt: skip
+IDEFICS3_WHOLE = Spans(before=IDEFICS3.overview, after=IDEFICS3.after, specials=IDEFICS3.specials[:2])
+SMOLVLM_VIDEO = Spans(
+    before="You are provided the following series of {count} frames from a {length} [H:MM:SS] video.\n",
+    tile="\nFrame from {clock}:" + IDEFICS3.overview, close=IDEFICS3.after, after="\n\n", specials=IDEFICS3.specials[:2], token="image",
+)  # fmt: skip
+
+
+def in_words(n: int) -> str:
+    """A number as it is said in English: "one hundred and twenty-eight"."""
+    if n < 100:
+        tens, ones = divmod(n, 10)
+        return SMALL[n] if n < len(SMALL) else TENS[tens] + (f"-{SMALL[ones]}" if ones else "")
+    size, name = (1_000, "thousand") if n >= 1_000 else (100, "hundred")
+    head, rest = divmod(n, size)
+    return f"{in_words(head)} {name}" + ((" and " if rest < 100 else ", ") + in_words(rest) if rest else "")
 
 
 def on_grid(slots: np.ndarray, grid: Grid) -> np.ndarray:

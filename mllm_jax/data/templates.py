@@ -16,10 +16,10 @@ What a user typed is text: `</s>` or `<image>` in a question becomes letters, no
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -40,6 +40,15 @@ _OPEN, _CLOSE, _MARK, _END_MARK, _LITERAL, _END_LITERAL = (chr(0xFDD0 + i) for i
 _NONCHARACTERS = {code: "\ufffd" for code in range(0xFDD0, 0xFDF0)}
 
 Span = tuple[int, int, float]           # first character, after the last, weight
+
+
+class Stand(NamedTuple):
+    """What stands for a medium in the text: its placeholder as the template writes it, or another one, with text around it."""
+
+    kind: str                           # of the medium
+    token: str                          # whose placeholder it gets: "image" for a video whose frames are images to the tokenizer
+    lead: str = ""
+    tail: str = ""
 
 
 class Template:
@@ -65,8 +74,9 @@ class Template:
         self.values = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self.generation = re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
         # Others that were added, such as <loc0001>, are words.
-        special = sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, special))) if special else None
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self.special = _either(special) if special else None
+        self.reserved = _either(special | set(PLACEHOLDERS.values()))
         self.typed = name in TEMPLATES or (name == "tokenizer" and self._takes_parts())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,10 +98,16 @@ class Template:
         id = known.token_to_id(text)
         return np.array(known.encode(text, add_special_tokens=False).ids if id is None else [id], np.int32)
 
-    def turns(self, turns: Iterable[Turn], *, prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def merges(self, text: str) -> tuple[bool, bool]:
+        """Whether a tokenizer may join the beginning of a text with what stands before it, and its end with what follows."""
+        spans = [match.span() for match in self.special.finditer(text)] if self.special else []
+        return not spans or spans[0][0] > 0, not spans or spans[-1][1] < len(text)
+
+    def turns(self, turns: Iterable[Turn], *, prompt: bool = False, media: Sequence[Stand] = ()) -> tuple[np.ndarray, np.ndarray]:
         """(ids i32[s], weights f32[s]) of a conversation; a medium is one placeholder token.
 
-        With `prompt`, what the assistant is to continue follows, and nothing is trained.
+        With `prompt`, what the assistant is to continue follows, and nothing is trained; nor is the text around `media`, which
+        are given in their order where there is any.
 
         Raises:
           BadExample: the template refuses the order of the roles.
@@ -100,6 +116,8 @@ class Template:
         turns = list(turns)
         text, generated = self._render(turns, prompt)
         spans = [] if prompt else self._spans(turns, text, generated)
+        if any(stand != Stand(stand.kind, stand.kind) for stand in media):
+            text, spans = self._around(text, spans, media)
         ids, offsets, at = [], [], 0
         # Odd pieces are what a user typed that looks like a special token.
         for i, piece in enumerate(re.split(f"{_LITERAL}(.*?){_END_LITERAL}", text, flags=re.DOTALL)):
@@ -113,6 +131,24 @@ class Template:
         for first, last, weight in reversed(spans):     # a token across a border belongs to the earlier span
             weights[(start < last) & (end > first)] = weight
         return np.array(ids, np.int32), weights
+
+    def _around(self, text: str, spans: list[Span], media: Sequence[Stand]) -> tuple[str, list[Span]]:
+        """The text with what stands around its placeholders, and the spans there; what was put there has no weight."""
+        written = {stand.kind: self._written(stand.kind) for stand in media}
+        waiting = {token: [stand for stand in media if written[stand.kind] == token] for token in written.values()}
+        out, at, moved, silent = [], 0, [], []
+        for match in re.finditer(f"(?<!{_LITERAL})({_either(waiting).pattern})", text):
+            if not waiting[match[0]]:
+                break                   # more than there are media: the count is checked where they are put in
+            stand = waiting[match[0]].pop(0)
+            token = placeholder(self.tokenizer, stand.token)[0]
+            start = match.start() + sum(more for _, more in moved)
+            silent += [(start, start + len(stand.lead) + len(token) + len(stand.tail), 0.0)]
+            moved.append((match.end(), len(stand.lead) + len(token) + len(stand.tail) - len(match[0])))
+            out += [text[at : match.start()], stand.lead, token, stand.tail]
+            at = match.end()
+        shift = lambda place: place + sum(more for end, more in moved if end <= place)
+        return "".join([*out, text[at:]]), [*silent, *((shift(start), shift(end), weight) for start, end, weight in spans)]
 
     def _spans(self, turns: list[Turn], text: str, generated: list[Span]) -> list[Span]:
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
@@ -194,11 +230,10 @@ class Template:
         for part in parts:
             if part.kind == "text":
                 text = part.text.translate(_NONCHARACTERS)
-                if self.special:
-                    text = self.special.sub(lambda match: f"{_LITERAL}{match[0]}{_END_LITERAL}", text)
+                text = self.reserved.sub(lambda match: f"{_LITERAL}{match[0]}{_END_LITERAL}", text)
                 content.append({"type": "text", "text": text})
             else:
-                content.append({"type": part.kind, "text": placeholder(self.tokenizer, part.kind)[0]})
+                content.append({"type": part.kind, "text": self._written(part.kind)})
         if mark and content:            # inside the outer blanks, which many templates trim
             first, last = content[0], content[-1]
             lead = len(first["text"]) - len(first["text"].lstrip()) if first["type"] == "text" else None
@@ -210,6 +245,10 @@ class Template:
         if not self.typed or all(part["type"] == "text" for part in content):
             return "".join(part["text"] for part in content)
         return [part if part["type"] == "text" else {"type": part["type"]} for part in content]
+
+    def _written(self, kind: str) -> str:
+        """The placeholder of a medium in rendered text; a token, unless the medium stands behind that of another kind."""
+        return getattr(self.tokenizer, f"{kind}_token", None) or PLACEHOLDERS[kind]
 
     def _takes_parts(self) -> bool:
         """Whether a tokenizer's own template reads lists of typed parts: it is shown one."""
@@ -279,6 +318,11 @@ class _Generation(jinja2.ext.Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         mark = lambda text: jinja2.nodes.Output([jinja2.nodes.TemplateData(text)]).set_lineno(line)
         return [mark(_OPEN), *body, mark(_CLOSE)]
+
+
+def _either(tokens: Iterable[str]) -> re.Pattern:
+    """Any of these, the longest where several begin alike."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 @lru_cache(maxsize=32)

@@ -3,6 +3,7 @@
     Tiles(size=336, pinpoints=NEXT)          the best of a few rectangles, padded with black; overview first
     DynamicTiles(size=448, most=12)          the rectangle of the nearest aspect ratio; overview last
     SplitTiles(size=364, longest=1456)       as many tiles as the longer side needs; overview last
+    OneTile(size=364, longest=1456)          of these the overview alone
 
 `exact` pixels equal those of the PIL processors of `transformers` bit for bit before normalization
 (`LlavaNextImageProcessorPil`, `LlavaOnevisionImageProcessorPil`, `GotOcr2ImageProcessorPil`, which InternVL uses,
@@ -165,23 +166,14 @@ class SplitTiles(_Mosaic):
         return replace(super().plan(height, width, patch), rows=rows, columns=columns, overview=rows * columns)
 
     def arrange(self, height: int, width: int) -> tuple[int, int]:
-        return tuple(math.ceil(n / self.size) for n in self._whole(*self._fit(height, width)))
+        return tuple(math.ceil(n / self.size) for n in self._whole(*_fit(self.longest, height, width)))
 
     def draw(self, resize: Resize, size: tuple[int, int], rows: int, columns: int) -> tuple[Image.Image, Image.Image]:
         wide = lambda height, width: (width, height)
-        first = self._fit(*size)
+        first = _fit(self.longest, *size)
         filter = RESAMPLE[self.resample]
         canvas = resize(*first).resize(wide(*self._whole(*first)), filter)
         return canvas, canvas.resize((self.size, self.size), filter)
-
-    def _fit(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) whose longer side is `longest`; the other one is even."""
-        ratio = width / height
-        if width >= height:
-            other = int(self.longest / ratio)
-            return max(other + other % 2, 1), self.longest
-        other = int(self.longest * ratio)
-        return self.longest, max(other + other % 2, 1)
 
     def _whole(self, height: int, width: int) -> tuple[int, int]:
         """The sides rounded up to whole tiles; the ratio is taken after the longer one was."""
@@ -189,6 +181,39 @@ class SplitTiles(_Mosaic):
         if width >= height:
             return up(int(up(width) / ratio)), up(width)
         return up(height), up(int(up(height) * ratio))
+
+
+@config
+class OneTile(View):
+    """Idefics3 and SmolVLM without splitting, and frames of SmolVLM: the longer side is brought to `longest`, then both to `size`."""
+
+    size: int
+    longest: int
+    resample: str = "lanczos"
+
+    def tiny(self, size: int) -> "OneTile":
+        return replace(self, size=size, longest=2 * size)
+
+    def scaled(self, height: float, width: float) -> tuple[int, int]:
+        return self.size, self.size
+
+    def exactly(self, image: Image.Image) -> np.ndarray:
+        tall, wide = _fit(self.longest, image.height, image.width)
+        filter = RESAMPLE[self.resample]
+        return np.asarray(image.resize((wide, tall), filter).resize((self.size, self.size), filter))
+
+    def quickly(self, image: Image.Image, height: float, width: float) -> np.ndarray:
+        return np.asarray(shrink(image, self.size, self.size, (0, 0, width, height), self.resample))
+
+
+def _fit(longest: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) whose longer side is `longest`; the other one is even."""
+    ratio = width / height
+    if width >= height:
+        other = int(longest / ratio)
+        return max(other + other % 2, 1), longest
+    other = int(longest * ratio)
+    return longest, max(other + other % 2, 1)
 
 
 @lru_cache(maxsize=16)

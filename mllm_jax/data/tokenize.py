@@ -18,7 +18,7 @@ import numpy as np
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.expand import expand
+from mllm_jax.data.expand import expand, plan
 from mllm_jax.data.templates import Template, encode_pair
 from mllm_jax.data.words import said
 from mllm_jax.types import Example, Part, Sequence, Turn
@@ -51,13 +51,13 @@ def encode(
             if max_len is None:
                 raise ConfigError(f"the template {template.name!r} fills a row; pass max_len, its length")
             ids, weights = encode_pair(_caption(example, rng), template, max_len)
-            used, texts = range(len(example.media)), [""] * len(example.media)
+            entries = plan(example, range(len(example.media)), template, towers, [""] * len(example.media))
         else:
             turns = _turns(example, template, rng)
             _check(turns)
-            ids, weights = template.turns(turns)
-            used, texts = _media(turns), said(turns)
-        sequence = _fit(*expand(example, ids, weights, used, template, towers, texts), max_len, overlong)
+            entries = plan(example, _media(turns), template, towers, said(turns))
+            ids, weights = template.turns(turns, media=[entry.stand for entry in entries])
+        sequence = _fit(*expand(example, ids, weights, entries, template, towers), max_len, overlong)
         if not sequence.weights.any():
             detail = f"none of {len(sequence)} tokens has a weight under the template {template.name!r}"
             raise BadExample("", "no_trained", detail)
@@ -83,8 +83,9 @@ def encode_prompt(
             turns = turns[:-1]
         if not turns:
             raise BadExample("", "roles", "nothing comes before the first answer")
-        ids, weights = template.turns(turns, prompt=True)
-        return _fit(*expand(example, ids, weights, _media(turns), template, towers, said(turns)), max_len, "raise")
+        entries = plan(example, _media(turns), template, towers, said(turns))
+        ids, weights = template.turns(turns, prompt=True, media=[entry.stand for entry in entries])
+        return _fit(*expand(example, ids, weights, entries, template, towers), max_len, "raise")
     except BadExample as error:
         raise error.of(example.id) from error.__cause__
 

@@ -36,6 +36,7 @@ PICK = {                                # (frames wanted, frames there) -> their
     "ends": lambda n, total: np.linspace(0, total - 1, n).astype(np.int64),
     "nearest": lambda n, total: np.linspace(0, total - 1, n).round().astype(np.int64),
     "every": lambda n, total: np.linspace(0, total - 1, n).astype(np.int64),     # where one a second would be too many
+    "inside": lambda n, total: np.linspace(0, total - 1, n).astype(np.int64),    # where the ends of the video count
 }
 
 
@@ -44,6 +45,7 @@ class Frames:
     """Frames of a video, spread evenly: the start or the middle of equal parts, or from the first frame to the last.
 
     "every" takes each round(rate / fps)-th frame from the first on, as long as they are not more than `frames` (LLaVA).
+    "inside" leaves out the first and the last second of a video that is too long for `fps`, and rounds how many there are (SmolVLM).
     """
 
     view: Any                           # of one frame: Square, Pad or Native
@@ -56,8 +58,8 @@ class Frames:
     def __post_init__(self):
         if self.pick not in PICK:
             raise ConfigError(f"pick={self.pick!r} is no way to choose frames; nearest: {nearest(self.pick, PICK)}")
-        if self.pick == "every" and self.fps is None:
-            raise ConfigError("pick='every' takes a frame so many times a second; give fps")
+        if self.pick in ("every", "inside") and self.fps is None:
+            raise ConfigError(f"pick={self.pick!r} takes a frame so many times a second; give fps")
         if not self.packed and self.budget is not None:
             raise ConfigError(f"frames of one size cannot keep to budget={self.budget}; remove it, or use a packed view")
 
@@ -124,10 +126,13 @@ class Frames:
         """i64[n]: the numbers of the frames of a video of so many, so many a second."""
         if self.pick == "every" and len(wanted := np.arange(0, total, max(1, round(rate / self.fps)))) <= self.frames:
             return wanted
-        n = self.frames if self.fps is None or self.pick == "every" else max(int(total / rate * self.fps), self.least)
+        whole = round if self.pick == "inside" else int
+        n = self.frames if self.fps is None or self.pick == "every" else max(whole(total / rate * self.fps), self.least)
         n = min(n, self.frames, total)
         if self.packed and n > self.view.steps:
             n -= n % self.view.steps
+        if self.pick == "inside" and total / rate - 2 > self.frames * self.fps:
+            return np.linspace(int(rate), min(int(total - rate), total - 1), n).astype(np.int64)
         return PICK[self.pick](n, total)
 
     def _view(self, n: int) -> Any:

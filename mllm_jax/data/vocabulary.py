@@ -20,9 +20,10 @@ def recipe_tokenizer(recipe: Any, root: Path | None = None) -> Any:
     """
     stages = recipe.stages.values()
     towers = {name: tower for stage in stages for name, tower in (stage.model or recipe.model).inputs.items()}
-    media = sorted({*towers, *(kind for tower in towers.values() for kind in tower.also)} & set(PLACEHOLDERS))
+    ways = [(kind or name, way) for name, tower in towers.items() for kind, way in tower.kinds.items()]
+    media = sorted({way.layout and way.layout.token or kind for kind, way in ways} & set(PLACEHOLDERS))
     tokens = {token for stage in stages for token in TOKENS.get(stage.data.template, ())}
-    layouts = [way.layout for tower in towers.values() for way in tower.kinds.values() if way.layout is not None]
+    layouts = [way.layout for _, way in ways if way.layout is not None]
     tokens = sorted(tokens.union(*(layout.specials for layout in layouts)))
     names = dict.fromkeys(name for stage in stages for name in stage.data.sources)
     return load_tokenizer(recipe.tokenizer, texts(names, root), media=media, tokens=tokens)

@@ -179,7 +179,8 @@ def _ids(tokenizer: Any, image_token: int | None, seq_len: int | None, cfg: Any)
         from mllm_jax.data.tokenizer import placeholder
 
         image_token = placeholder(tokenizer, "image")[1] if image_token is None else image_token
-        video = placeholder(tokenizer, "video")[1] if any("video" in tower.also for tower in cfg.inputs.values()) else None
+        films = [tower.kinds["video"].layout for tower in cfg.inputs.values() if "video" in tower.also]
+        video = placeholder(tokenizer, films[0].token or "video")[1] if films else None
     added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
     return Ids(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, image=image_token, video=video,
                length=seq_len, tokens=added)

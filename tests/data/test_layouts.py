@@ -7,8 +7,22 @@ import numpy as np
 import pytest
 
 from mllm_jax.config import ConfigError
-from mllm_jax.data.layouts import IDEFICS3, INTERNVL, INTERNVL_VIDEO, MARK, AnyRes, Marked, Plain, Spans, bilinear
-from mllm_jax.data.tiles import NEXT, ONEVISION, DynamicTiles, SplitTiles, Tiles
+from mllm_jax.data.layouts import (
+    IDEFICS3,
+    IDEFICS3_WHOLE,
+    INTERNVL,
+    INTERNVL_VIDEO,
+    MARK,
+    SMOLVLM_VIDEO,
+    AnyRes,
+    Marked,
+    Plain,
+    Spans,
+    bilinear,
+    in_words,
+)
+from mllm_jax.data.tiles import NEXT, ONEVISION, DynamicTiles, OneTile, SplitTiles, Tiles
+from mllm_jax.data.video import Frames
 from mllm_jax.data.views import Square
 from mllm_jax.types import Cut, Run
 
@@ -110,6 +124,35 @@ def test_the_text_around_tiles_is_that_of_transformers(size):
 def test_an_image_of_one_tile_is_its_overview():
     cut = SplitTiles(size=364, longest=364).plan(300, 200, 14)
     assert text_of(IDEFICS3(cut, (1, 1, 2)), ".") == "<fake_token_around_image><global-img>..<fake_token_around_image>"
+
+
+def test_an_image_that_is_not_split_is_one_tile():
+    cut = OneTile(size=364, longest=1456).plan(300, 200, 14)
+    assert text_of(IDEFICS3_WHOLE(cut, (1, 1, 2)), ".") == "<fake_token_around_image><global-img>..<fake_token_around_image>"
+
+
+@pytest.mark.parametrize(("total", "rate"), [(100, 10.0), (1, 24.0), (3_700, 30.0), (250_000, 24_000 / 1001), (140, 20.0)])
+def test_frames_of_smolvlm_and_the_text_around_them_are_those_of_transformers(monkeypatch, total, rate):
+    """Its processor says numbers by num2words; ours are compared with a few by hand here, and were with the first 20,000."""
+    theirs = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm")
+    sample = pytest.importorskip("transformers.models.smolvlm.video_processing_smolvlm").SmolVLMVideoProcessor.sample_frames
+    metadata = pytest.importorskip("transformers.video_utils").VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+    view = Frames(view=OneTile(size=512, longest=2_048), frames=64, fps=1.0, pick="inside")
+    metadata.frames_indices = sample(SimpleNamespace(num_frames=64, fps=1.0), metadata)
+    cut = view._plan(360, 640, total, rate, 16)
+    assert view._wanted(total, rate).tolist() == metadata.frames_indices.tolist() and cut.frames == len(metadata.frames_indices)
+    monkeypatch.setattr(theirs, "num2words", in_words)
+    smol = processor_of("smolvlm", "SmolVLMProcessor", None, fake_image_token="<fake_token_around_image>", image_token="<image>",
+                        global_image_token="<global-img>", image_seq_len=4)
+    text = smol.replace_video_token({"pixel_values": np.zeros((1, cut.frames)), "video_metadata": [metadata]}, 0)
+    assert text_of(SMOLVLM_VIDEO(cut, (1, 2, 2)), "<image>") == text
+
+
+def test_numbers_in_words():
+    said = {0: "zero", 4: "four", 13: "thirteen", 40: "forty", 64: "sixty-four", 100: "one hundred", 101: "one hundred and one",
+            128: "one hundred and twenty-eight", 1_000: "one thousand", 1_034: "one thousand and thirty-four",
+            12_900: "twelve thousand, nine hundred"}
+    assert {n: in_words(n) for n in said} == said
 
 
 def test_frames_are_named_and_timed():

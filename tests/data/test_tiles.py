@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_jax.data.tiles import NEXT, NEXT_OFFICIAL, ONEVISION, DynamicTiles, SplitTiles, Tiles
+from mllm_jax.data.tiles import NEXT, NEXT_OFFICIAL, ONEVISION, DynamicTiles, OneTile, SplitTiles, Tiles
 from mllm_jax.types import Blob
 
 SIZES = [(80, 100), (500, 1000), (900, 300), (480, 640), (800, 800), (31, 97), (336, 336), (8, 500)]
@@ -48,20 +48,23 @@ def pairs(s: int = 32):
             "smolvlm", "smolvlm", "SmolVLMImageProcessorPil", size={"longest_edge": 4 * s}, max_image_size={"longest_edge": s})),
         "smolvlm of one tile": (SplitTiles(size=s, longest=s), processor(
             "smolvlm", "smolvlm", "SmolVLMImageProcessorPil", size={"longest_edge": s}, max_image_size={"longest_edge": s})),
+        "smolvlm without splitting": (OneTile(size=s, longest=4 * s), processor(
+            "smolvlm", "smolvlm", "SmolVLMImageProcessorPil", size={"longest_edge": 4 * s}, max_image_size={"longest_edge": s},
+            do_image_splitting=False)),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["next", "onevision", "internvl", "idefics3", "smolvlm", "smolvlm of one tile"])
+@pytest.mark.parametrize("name", ["next", "onevision", "internvl", "idefics3", "smolvlm", "smolvlm of one tile", "smolvlm without splitting"])
 def test_exact_pixels_equal_those_of_transformers(name):
     view, processor = pairs()[name]
     for height, width in SIZES:
         data = picture(height, width)
-        ours = view.pixels(data, exact=True)
+        ours = view.pixels(data, exact=True).reshape(-1, 32, 32, 3)
         np.testing.assert_array_equal(ours, theirs(processor, data), err_msg=f"{height}x{width}")
         cut = view.look(Blob(kind="image", data=data), 8)
         assert cut.tiles == len(ours) <= view.room(8) and cut.size == (height, width)
         # Faster pixels differ by their filter and not by where they look; random blocks are far harsher than photographs.
-        quick = view.pixels(data, exact=False)
+        quick = view.pixels(data, exact=False).reshape(-1, 32, 32, 3)
         assert quick.shape == ours.shape and np.abs(quick.astype(int) - ours).mean() < 16, (height, width)
 
 
@@ -103,9 +106,9 @@ def test_an_image_of_one_tile_has_no_second_view_of_itself():
     assert (plan.tiles, plan.overview, plan.rows, plan.columns) == (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("view", [Tiles(size=32), DynamicTiles(size=32), SplitTiles(size=32, longest=128)])
+@pytest.mark.parametrize("view", [Tiles(size=32), DynamicTiles(size=32), SplitTiles(size=32, longest=128), OneTile(size=32, longest=128)])
 def test_a_hair_does_not_fill_the_memory(view):
     out = io.BytesIO()
     Image.new("RGB", (8, 60_000), (9, 9, 9)).save(out, "PNG")
     for exact in (True, False):
-        assert (view.pixels(out.getvalue(), exact=exact)[0, 16, 16] == 9).all()
+        assert (view.pixels(out.getvalue(), exact=exact).reshape(-1, 32, 32, 3)[0, 16, 16] == 9).all()

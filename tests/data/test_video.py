@@ -20,7 +20,7 @@ from mllm_jax.data.layouts import AnyRes, Pooled, Spans
 from mllm_jax.data.loader import Loader
 from mllm_jax.data.native import Native
 from mllm_jax.data.pack import pack, row_spec
-from mllm_jax.data.tiles import Tiles
+from mllm_jax.data.tiles import OneTile, Tiles
 from mllm_jax.data.tokenize import encode
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.video import Frames
@@ -112,8 +112,9 @@ def test_a_frame_of_every_second_or_an_even_spread_of_the_most():
     view = Frames(view=Square(size=32), frames=32, fps=1.0, pick="every")
     assert view.look(VIDEO, 8).seconds == tuple(range(10)) and numbers(view(CLIP, 8, exact=False)[0], 10) == list(range(0, 100, 10))
     assert view.plan(48, 64, 8).frames == 32
-    with pytest.raises(ConfigError, match="pick='every' takes a frame so many times a second; give fps"):
-        Frames(view=Square(size=32), frames=4, pick="every")
+    for pick in ("every", "inside"):
+        with pytest.raises(ConfigError, match=f"pick='{pick}' takes a frame so many times a second; give fps"):
+            Frames(view=Square(size=32), frames=4, pick=pick)
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no real videos in {CLIPS} (set MLLM_JAX_REAL_DATA)")
@@ -206,11 +207,22 @@ def test_patches_of_frames_are_those_of_transformers():
     np.testing.assert_array_equal(own, golden["qwen"])
 
 
-def test_frames_of_onevision_are_those_of_transformers_but_for_one_level():
-    """There torchvision resizes; it rounds otherwise than Pillow, which resizes the images of the same model."""
+@pytest.mark.parametrize(("name", "view", "most", "part"), [
+    ("onevision", Square(size=28), 1, 0.01), ("smolvlm", OneTile(size=28, longest=56), 2, 0.03)])
+def test_frames_are_those_of_transformers_but_for_a_level(name, view, most, part):
+    """There torchvision resizes, SmolVLM twice; it rounds otherwise than Pillow, which resizes the images of the same models."""
     golden = np.load(GOLDEN)
-    own = np.stack([Square(size=28).exactly(Image.fromarray(frame)) for frame in golden["frames"]])
-    apart = np.abs(own.astype(int) - golden["onevision"])
+    own = np.stack([view.exactly(Image.fromarray(frame)) for frame in golden["frames"]])
+    apart = np.abs(own.astype(int) - golden[name])
+    assert apart.max() <= most and (apart > 0).mean() < part
+
+
+def test_patches_of_resized_frames_are_those_of_transformers_but_for_one_level():
+    golden, size = np.load(GOLDEN), (30, 45)
+    frames = [Image.fromarray(frame[: size[0], : size[1]]) for frame in golden["frames"]]
+    values, coords = NATIVE.cut(np.stack([NATIVE.bring(f, size, NATIVE.resized(*size, 8), exact=True) for f in frames]), 8)
+    assert tuple(golden["grid_odd"]) == tuple(coords.max(0) + 1) == (3, 4, 6)
+    apart = np.abs(values.reshape(-1, 2, 8, 8, 3).transpose(0, 4, 1, 2, 3).reshape(len(values), -1).astype(int) - golden["qwen_odd"])
     assert apart.max() <= 1 and (apart > 0).mean() < 0.01
 
 

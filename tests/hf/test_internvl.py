@@ -3,29 +3,21 @@
 import json
 from functools import cache
 
-import numpy as np
 import pytest
 
 from mllm_jax.config import ConfigError
 from mllm_jax.data.layouts import INTERNVL, INTERNVL_VIDEO
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.hf.load import load
-from mllm_jax.types import KINDS, Batch
 from tests.hf import whole
 from tests.hf.test_load import in_memory, rewritten
 from tests.hf.test_onevision import VIDEO, example, png
-from tests.hf.test_tiles import LM, PATCH, SIZE, TOWER, finished
+from tests.hf.test_tiles import LM, PATCH, SIZE, TOWER
+from tests.hf.whole import finished
 
 NAMES = ("300m", "6b")
 TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
 EXAMPLES = (example("the same? ", png(70, 41), " or ", png(50, 50)), example(VIDEO, png(33, 90), "which?"), example("who is there?"))
-
-
-class Case(whole.FilmCase):
-    def ids(self, batch: Batch) -> np.ndarray:
-        """Frames hold the token of images there."""
-        film = np.asarray(batch.kinds) == KINDS["video"]
-        return np.where(film, self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), batch.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +29,7 @@ def case(torch, tmp_path_factory):
     image = words.convert_tokens_to_ids("<IMG_CONTEXT>")
 
     @cache
-    def make(name: str) -> Case:
+    def make(name: str) -> whole.FilmCase:
         """Before Qwen2; or with norms of queries and keys, before Qwen3 with a tied head, and read one layer earlier."""
         pixels = hf.GotOcr2ImageProcessorPil(
             size={"height": SIZE, "width": SIZE}, min_patches=1, max_patches=4, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -49,7 +41,7 @@ def case(torch, tmp_path_factory):
             vision_config=TOWER | own | {"image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}, text_config=lm, image_token_id=image,
             image_seq_length=4, tie_word_embeddings=large, vision_feature_layer=-2 if large else -1)
         model = finished(hf.InternVLForConditionalGeneration(config))
-        return Case(model, processor, "chatml", EXAMPLES, tmp_path_factory.mktemp("internvl") / name, {"in memory": in_memory})
+        return whole.FilmCase(model, processor, "chatml", EXAMPLES, tmp_path_factory.mktemp("internvl") / name, {"in memory": in_memory})
 
     return make
 

@@ -23,7 +23,7 @@ from tests.data.test_video import clip
 from tests.hf import whole
 from tests.hf.test_load import LAYOUTS, rewritten
 from tests.hf.test_parity import check_pixels
-from tests.hf.test_tiles import finished
+from tests.hf.whole import finished
 
 # Five patches a side leave a margin of two pixels, and pool to three tokens that are no means of squares.
 SIZE, PATCH, GRID, CAP = 42, 8, 5, 4
