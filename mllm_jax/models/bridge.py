@@ -154,9 +154,22 @@ def alone(batch: Batch) -> Text:
 
 
 def draw(logits: jax.Array, draws: jax.Array, number: int) -> jax.Array:
-    """A column i32[b] of each row of f[b c] in proportion to exp(logits), by the random bits u32[b] of the rows."""
-    key = lambda bits: jax.random.fold_in(jax.random.key(bits), number)
-    return jax.vmap(lambda bits, row: jax.random.categorical(key(bits), row))(draws, logits)
+    """A column i32[b] of each row of f[b c] in proportion to exp(logits), by the random bits u32[b] of the rows.
+
+    The largest sum of a logit and Gumbel noise (Gumbel-max). Its bits are mixed from those of the row: threefry would take a
+    tenth of the time in which the stage of BLIP-2 that asks for this compiles.
+    """
+    column = jnp.arange(logits.shape[1], dtype=jnp.uint32)
+    bits = _mixed(draws[:, None] ^ _mixed(2 * column + number + 1))
+    share = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+    return jnp.argmax(logits - jnp.log(-jnp.log(share)), axis=-1)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """u32 -> u32, every bit of which depends on every bit: the finalizer of MurmurHash3 (A. Appleby, public domain)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def unit(x: jax.Array) -> jax.Array:
