@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 
 from mllm_jax.config import ConfigError
 from mllm_jax.hf.export import export
-from mllm_jax.hf.families import FAMILIES
 from mllm_jax.hf.family import parameter_shapes
 from mllm_jax.hf.load import load
 from mllm_jax.hf.peft import save_adapter, without_adapters
@@ -83,20 +82,6 @@ def test_a_llava_with_adapters_and_a_trained_connector_opens(saved, torch, tmp_p
     assert config["modules_to_save"] == ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"]
     assert "base_model.model.model.multi_modal_projector.linear_1.bias" in tensors
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 12.0, str(it.folder))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_names_in_memory_are_those_of_the_class(torch, name):
-    """Of the class with its defaults, whose parameters are never allocated."""
-    import transformers
-
-    family = FAMILIES[name]
-    kind = getattr(transformers, family.architecture, None)
-    if kind is None:
-        pytest.skip(f"transformers has no class {family.architecture}; that of CogVLM comes with its files")
-    with torch.device("meta"):
-        names = [n for n, _ in kind(kind.config_class()).named_parameters()]
-    assert [family.in_memory(family.canonical(n)) for n in names] == names
 
 
 def test_what_peft_cannot_hold_is_named(saved, tmp_path):
