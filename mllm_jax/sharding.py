@@ -37,7 +37,7 @@ class Layout:
     mesh: Mapping[str, int] = field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})   # -1: the rest
     rules: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=lambda: dict(FSDP_TENSOR))
     dtype: str = "float32"              # of matmuls; parameters, norms, softmax and losses stay float32
-    remat: str = "none"                 # what a layer recomputes in the backward pass: "none", "dots" or "full"
+    remat: str = "none"                 # what a layer keeps for its backward pass: "none" is computed again, or see nn/remat.py
     microbatches: int = 1               # a step's rows are processed in so many parts
     unroll: int = 1                     # layers in one iteration of the loop over layers
     slices: int = 1                     # the mesh is that of one slice; `data` is so many times longer, over their network.  -1: all there are

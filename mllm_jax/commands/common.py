@@ -39,8 +39,11 @@ def start(args: argparse.Namespace, platform: str | None = None) -> tuple[Any, A
     import jax
 
     from mllm_jax.launch import layouts
+    from mllm_jax.nn.remat import policy
 
-    return running, layouts.find(name, jax.default_backend())
+    layout = layouts.find(name, jax.default_backend())
+    policy(layout.remat)                # raises now what tracing would raise after the data are read
+    return running, layout
 
 
 def load_recipe(name: str, overrides: list[str] = (), *, tiny: bool = False) -> Any:

@@ -18,6 +18,7 @@ from mllm_jax.nn.blockwise import LONG, attend_blockwise
 from mllm_jax.nn.flash import attend_flash
 from mllm_jax.nn.param import Linear
 from mllm_jax.nn.position import Rotation
+from mllm_jax.nn.remat import keep
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import current, platform
 from mllm_jax.types import struct
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
         memory = x if memory is None else memory
         keys = memory if isinstance(memory, tuple) else self.keys(memory)
         y, cache = self.mix(self.queries(x), keys, visibility, window=window, rotation=rotation, cache=cache)
-        return self.o(y), cache
+        return keep(self.o(y), "out"), cache
 
     def mix(
         self, q: jax.Array, keys: Keys, visibility: Visibility | None = None, *, window: int | None = None,
@@ -97,11 +98,11 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array) -> jax.Array:
         """f[b s d] -> f[b s h k], not rotated yet."""
-        return self._normed(self.q_norm, self.q(x))
+        return self._normed(self.q_norm, keep(self.q(x), "qkv"))
 
     def keys(self, x: jax.Array) -> Keys:
         """f[b t d] -> keys, not rotated yet, and values."""
-        k, v = self.k(x), self.v(x)
+        k, v = keep(self.k(x), "qkv"), keep(self.v(x), "qkv")
         return self._normed(self.k_norm, k), v
 
     def _normed(self, norm: nnx.Module | None, x: jax.Array) -> jax.Array:
@@ -120,14 +121,14 @@ def attend(
     if kernel() == "flash" and min(q.shape[1], k.shape[1]) >= SHORT and (visibility is None or isinstance(visibility.start, int)):
         return attend_flash(q, k, v, visibility, scale=scale, window=window)
     if visibility is not None and q.shape[1] * k.shape[1] > LONG * LONG:
-        return attend_blockwise(q, k, v, visibility, scale=scale, window=window)
+        return keep(attend_blockwise(q, k, v, visibility, scale=scale, window=window), "attention")
     q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=groups)
     scores = jnp.einsum("bgrsk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
     if visibility is not None:
         # Finite, so that a padding row, which sees nobody, gives a mean and not NaN.
         scores = jnp.where(visibility.mask(window)[:, None, None], scores, -1e30)
     out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return rearrange(out, "b s g r k -> b s (g r) k")
+    return keep(rearrange(out, "b s g r k -> b s (g r) k"), "attention")
 
 
 def kernel() -> str:

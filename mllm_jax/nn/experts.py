@@ -23,6 +23,7 @@ from mllm_jax.config import ConfigError
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.mlp import ACTIVATIONS
 from mllm_jax.nn.param import axes_of, merge, normal, param, split, zeros
+from mllm_jax.nn.remat import keep
 from mllm_jax.sharding import compute_dtype, current, current_mesh, spec
 from mllm_jax.types import record, struct
 
@@ -98,8 +99,8 @@ class Experts(nnx.Module):
 
     def mlp(self, x: jax.Array, times: Callable[[jax.Array, Kernels], jax.Array], share: Share) -> jax.Array:
         """act(gate x) * up x, then down; `times` multiplies each row with the matrix of its expert and adds the bias."""
-        act, y = ACTIVATIONS[self.activation], times(x, self.up)
-        y = act(y) if self.gate is None else act(times(x, self.gate)) * y
+        act, y = ACTIVATIONS[self.activation], keep(times(x, self.up), "mlp")
+        y = act(y) if self.gate is None else act(keep(times(x, self.gate), "mlp")) * y
         # Devices with some of the hidden units give a part of the sum each; the bias belongs to one of them.
         first = jax.lax.axis_index(share.hidden) == 0 if share.hidden else True
         return times(y, self.down, first)

@@ -19,11 +19,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from mllm_jax.nn.remat import keep
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import current, current_mesh, spec
 from mllm_jax.types import record
@@ -98,7 +98,7 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array, numbers: Numbers, plan: Pla
 
 
 def _flash_forward(q: jax.Array, k: jax.Array, v: jax.Array, numbers: Numbers, plan: Plan) -> tuple:
-    out, lse = (checkpoint_name(x, "attention") for x in _on_mesh(_forward, plan, (q, k, v, *numbers)))
+    out, lse = (keep(x, "attention") for x in _on_mesh(_forward, plan, (q, k, v, *numbers)))
     return out, (q, k, v, numbers, out, lse)
 
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.param import Linear
+from mllm_jax.nn.remat import keep
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,5 +30,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        y = self.up(x)
-        return self.down(act(y) if self.gate is None else act(self.gate(x)) * y)
+        y = keep(self.up(x), "mlp")
+        return self.down(act(y) if self.gate is None else act(keep(self.gate(x), "mlp")) * y)

@@ -11,12 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mllm_jax.nn import remat
 from mllm_jax.sharding import current
-
-POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,      # recompute all but matmuls with weights
-    "full": jax.checkpoint_policies.nothing_saveable,                      # recompute all
-}
 
 
 def make(cycle: Sequence[Callable[[nnx.Rngs], nnx.Module]], depth: int, *, rngs: nnx.Rngs) -> nnx.List:
@@ -36,8 +32,8 @@ def run(blocks: nnx.List, step: Step, x: Any, *, depth: int) -> tuple[Any, list]
     cycle what its layers gave out, stacked.
     """
     layout, c = current(), len(blocks)
-    if layout.remat != "none":
-        step = jax.checkpoint(step, policy=POLICIES[layout.remat], prevent_cse=False, static_argnums=(3,))
+    if (policy := remat.policy(layout.remat)) is not None:
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False, static_argnums=(3,))
     whole = depth // c
 
     def cycle(x: Any, i_layers: tuple[jax.Array, list[nnx.Module]]) -> tuple[Any, list]:

@@ -34,6 +34,7 @@ LAYOUTS = {
     "fsdp-tensor, 2 microbatches": Layout(mesh={"fsdp": 4, "tensor": 2}, microbatches=2),
     "4 microbatches": Layout(mesh={"data": 1}, microbatches=4),
     "rematerialized": Layout(mesh={"data": 1}, remat="full"),
+    "kept by name": Layout(mesh={"data": 2, "fsdp": 2}, remat="qkv+attention"),
     "dots saved, unrolled": Layout(mesh={"data": 1}, remat="dots", unroll=2),
 }
 # Of recipes with parts that these cases do not have; each is another program, so that all axes at once must do.
