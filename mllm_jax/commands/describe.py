@@ -97,7 +97,7 @@ class Planned:
         from mllm_jax.data.pack import row_spec
         from mllm_jax.sharding import Layout
         from mllm_jax.train.adapters import model_of, trained_of
-        from mllm_jax.train.flops import Counts, step_flops
+        from mllm_jax.train.flops import full_counts, step_flops
         from mllm_jax.train.optimizer import build
         from mllm_jax.train.state import Blueprint
 
@@ -118,11 +118,7 @@ class Planned:
         self.items = {m: room.items for m, room in self.spec.media.items()}
         self.ways = {WAYS.get(kind) or kind or m: way for m, t in self.towers.items() for kind, way in t.kinds.items()}
         self.tokens = {label: tokens_of(way, way.nominal) for label, way in self.ways.items()}
-        n = self.rows * self.seq
-        self.flops = step_flops(whole, self.trained, Counts(
-            rows=self.rows, tokens=n, squares=n * self.seq, trained=n,
-            items={m: k * self.rows for m, k in self.items.items()},
-            pairs={m: k * self.rows * math.prod(self.towers[m].nominal.grid) for m, k in self.items.items()}))
+        self.flops = step_flops(whole, self.trained, full_counts(self.rows, self.spec, self.towers))
 
     @property
     def towers(self) -> Mapping[str, Any]:

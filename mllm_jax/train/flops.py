@@ -51,6 +51,13 @@ class Counts:
     pairs: Mapping[str, float] = field(default_factory=dict)    # packed modality -> sum over frames of patches^2
 
 
+def full_counts(rows: int, spec: Any, towers: Mapping[str, Any]) -> Counts:
+    """Of so many rows (pack.RowSpec), each one example that fills it, with all the media it has room for, trained everywhere."""
+    n, items = rows * spec.seq_len, {m: room.items * rows for m, room in spec.media.items()}
+    return Counts(rows=rows, tokens=n, squares=n * spec.seq_len, trained=n, items=items,
+                  pairs={m: k * prod(towers[m].nominal.grid) for m, k in items.items()})
+
+
 def step_flops(model: Any, trained: Collection[str], counts: Counts) -> float:
     """Floating point operations of one step forward and backward, of all devices together.
 

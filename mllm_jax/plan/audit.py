@@ -1,0 +1,126 @@
+"""What every chip holds the whole of, though the mesh could split it.
+
+Of the state, what its sharding leaves whole along an axis that the layout's rules give to parameters.  Of activations,
+what a collective makes whole along an axis of the batch, and what the program computes for all rows of the batch.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from mllm_jax.plan.hlo import COLLECTIVES, HBM, Hlo, Instruction
+from mllm_jax.plan.network import Network
+from mllm_jax.plan.program import Program
+from mllm_jax.sharding import BATCH_AXES
+from mllm_jax.types import record
+
+LARGE = 1 << 20                         # bytes on each chip below which nothing is said
+
+
+@record
+class Replicated:
+    """A tensor that every chip along these mesh axes holds."""
+
+    what: str                           # "parameter", "optimizer" or "activation"
+    name: str                           # its path, or the jax operations that it came from
+    shape: str
+    bytes: int                          # on each chip
+    axes: tuple[str, ...]
+
+
+def replicated(program: Program, hlo: Hlo | None, network: Network | None, large: int = LARGE) -> list[Replicated]:
+    """All of them, the largest first; without a module those of the state alone."""
+    found = list(of_state(program, large))
+    if hlo is not None:
+        found += of_activations(program, hlo, network, large)
+    return sorted(found, key=lambda r: (-r.bytes, r.name))
+
+
+def of_state(program: Program, large: int = LARGE) -> Iterator[Replicated]:
+    """A leaf counts where some dimension of it would divide over the axis."""
+    mesh, rules = program.mesh, program.layout.rules
+    shards = {a for name, wanted in rules.items() if name != "batch" for a in ((wanted,) if isinstance(wanted, str) else wanted or ())}
+    state = program.state
+    for what, tree in (("parameter", (state.params, state.frozen)), ("optimizer", (state.opt_state, state.ema))):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            local = leaf.sharding.shard_shape(leaf.shape)
+            size = math.prod(local) * jax.numpy.dtype(leaf.dtype).itemsize
+            used = {a for part in leaf.sharding.spec for a in ((part,) if isinstance(part, str) else part or ())}
+            whole = tuple(a for a, n in mesh.shape.items() if n > 1 and a in shards - used and any(d % n == 0 for d in local))
+            if size >= large and whole:
+                names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+                yield Replicated(what=what, name=str(names[-1]) if names else jax.tree_util.keystr(path), bytes=size, axes=whole,
+                                 shape=f"{leaf.dtype}[{','.join(map(str, local))}]")
+
+
+def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LARGE) -> list[Replicated]:
+    """One entry for each operation of the source, of its largest array."""
+    weights = _shapes_of_weights(program)
+    rows, local = program.stage.data.batch_size, program.stage.data.batch_size // math.prod(
+        program.mesh.shape[a] for a in BATCH_AXES if a in program.mesh.shape)
+    # A number that only the rows of the whole batch can be.
+    telling = rows not in {local, *_numbers(program)}
+    worst: dict[tuple[str, tuple[str, ...]], Replicated] = {}
+    for name, body in hlo.computations.items():
+        for i in body:
+            axes = _gathered(i, network) or (_all_rows(i, rows, program) if telling else ())
+            if not axes or name.startswith("fused") and not i.collective:
+                continue
+            for a in i.arrays:
+                dims = tuple(d for d in a.dims if d > 1)
+                if a.bytes < large or a.space != HBM or _is_weight(dims, weights):
+                    continue
+                one = Replicated(what="activation", name=i.source or i.name, bytes=a.bytes, axes=axes,
+                                 shape=f"{a.dtype}[{','.join(map(str, a.dims))}]")
+                key = one.name, axes
+                if key not in worst or worst[key].bytes < one.bytes:
+                    worst[key] = one
+    return list(worst.values())
+
+
+def _gathered(i: Instruction, network: Network) -> tuple[str, ...]:
+    """The axes of the batch along which this gathers."""
+    if i.collective != "all-gather":
+        return ()
+    return tuple(a for a in network.cost(i).axes if a in BATCH_AXES)
+
+
+def _all_rows(i: Instruction, rows: int, program: Program) -> tuple[str, ...]:
+    """The axes of the batch, if this makes an array of all its rows."""
+    if i.op in ("parameter", "tuple", "get-tuple-element", "constant", "while", "bitcast") or i.op in COLLECTIVES:
+        return ()
+    there = any(a.dims and a.dims[0] == rows for a in i.arrays)
+    return tuple(a for a in BATCH_AXES if program.mesh.shape.get(a, 1) > 1) if there else ()
+
+
+def _numbers(program: Program) -> set[int]:
+    """Every size of a parameter, whole and of a shard, and of a row."""
+    leaves = jax.tree.leaves((program.state.params, program.state.frozen))
+    sizes = {d for x in leaves for d in (*x.shape, *x.sharding.shard_shape(x.shape))}
+    return sizes | {program.spec.seq_len} | {n for room in program.spec.media.values() for n in (room.items, room.width, *room.grid)}
+
+
+def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:
+    """Dimensions of parameters whole and of their shards along every part of the axes, of all layers and of one; sorted, without ones."""
+    out = set()
+    sizes = [n for n in program.mesh.shape.values() if n > 1]
+    for x in jax.tree.leaves((program.state.params, program.state.frozen)):
+        for shape in (x.shape, x.shape[1:]):
+            out.add(_plain(shape))
+            for n in sizes:                         # still split along another axis
+                out |= {_plain((*shape[:k], d // n, *shape[k + 1:])) for k, d in enumerate(shape) if d % n == 0}
+    return out
+
+
+def _is_weight(dims: tuple[int, ...], weights: set[tuple[int, ...]]) -> bool:
+    """Also with the axes of a matrix as one, as heads and their width are where they are multiplied."""
+    if _plain(dims) in weights:
+        return True
+    size = int(np.prod(dims, dtype=np.int64))
+    return any(math.prod(w) == size and set(w) & set(dims) for w in weights if w)
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(d for d in shape if d > 1))

@@ -1,0 +1,176 @@
+"""What instructions of HLO do: operations of matmuls, bytes to and from memory, operations of the vector unit."""
+
+import functools
+import math
+import re
+from collections import defaultdict
+
+from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Array, Hlo, Instruction
+
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all", "opt-barrier",
+        "add-dependency", "domain"}
+# Operations of the vector unit for each element, where it is more than one; and what takes none.
+SLOW = {"exponential": 2, "exponential-minus-one": 3, "log": 3, "log-plus-one": 4, "tanh": 4, "logistic": 4, "rsqrt": 2, "sqrt": 3,
+        "power": 8, "cosine": 20, "sine": 20, "erf": 12, "divide": 4, "cbrt": 6, "atan2": 12}
+MOVES = FREE | {"broadcast", "reshape", "slice", "dynamic-slice", "iota", "transpose", "copy", "concatenate", "pad", "fusion",
+                "dynamic-update-slice", "custom-call", "convolution", "dot", "gather", "scatter", "while", "conditional", "call"}
+
+
+class Work:
+    """Answers about the instructions of one module, each found once."""
+
+    def __init__(self, hlo: Hlo):
+        self.hlo = hlo
+        self._flops: dict[str, float] = {}
+        self._traffic: dict[tuple[str, str], tuple[float, float, float]] = {}
+
+    def flops(self, computation: str, i: Instruction) -> float:
+        """Floating point operations of a dot or a convolution, or of those inside a fusion or a call; loops are not entered."""
+        if i.op == "dot":
+            left, axes = self.hlo.operand(computation, i, 0), i.attr(r"lhs_contracting_dims=\{([0-9,]*)\}") or ""
+            return 2.0 * i.arrays[0].elems * math.prod(left.dims[int(d)] for d in axes.split(",") if d) if left else 0.0
+        if i.op == "convolution":
+            return self._convolution(computation, i)
+        if i.op in ("fusion", "call"):
+            return self.of_computation(i.calls or i.called[0])
+        return 0.0
+
+    def of_computation(self, name: str) -> float:
+        if name not in self._flops:
+            self._flops[name] = sum(self.flops(name, i) for i in self.hlo.body(name))
+        return self._flops[name]
+
+    def _convolution(self, computation: str, i: Instruction) -> float:
+        """TPUs write every dot as one; only pairs of a window and a place that are not padding count."""
+        left, right = (self.hlo.operand(computation, i, k) for k in (0, 1))
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attrs)
+        if left is None or right is None or labels is None:
+            return 0.0
+        ins, kernel, outs = labels.groups()
+        out, n = i.arrays[0], sum(c.isdigit() for c in outs)
+        window = dict(re.findall(r"(\w+)=([\-\dx_]+)", i.attr(r"window=\{([^}]*)\}") or ""))
+        each = lambda key, default: window[key].split("x") if key in window else [default] * n
+        size, stride, dilate, spread = ([int(x) for x in each(k, "1")] for k in ("size", "stride", "lhs_dilate", "rhs_dilate"))
+        pad = [int(x.split("_")[0]) for x in each("pad", "0_0")]
+        places = math.prod(
+            _valid(left.dims[ins.index(str(k))], out.dims[outs.index(str(k))], size[k], stride[k], dilate[k], spread[k], pad[k])
+            for k in range(n))
+        groups = int(i.attr(r"batch_group_count=(\d+)") or 1)
+        return 2.0 * out.dims[outs.index("b")] * out.dims[outs.index("f")] * right.dims[kernel.index("i")] * places / groups
+
+    def traffic(self, computation: str, i: Instruction) -> tuple[float, float, float]:
+        """(bytes of HBM, bytes of the host's memory, operations of the vector unit)."""
+        if i.op == "fusion":
+            aliased = ""
+            if "async_collective" in (i.calls or ""):
+                aliased = ",".join(re.findall(r"\{(\d*)\}: \(\d+", i.attr(r"output_to_operand_aliasing=\{(.*?\)\s*)\}") or ""))
+            return self.fused(i.calls, aliased)
+        touched, outs = self.hlo.inputs(computation, i), list(i.arrays)
+        if i.op in ("dynamic-slice", "slice", "gather"):
+            touched = []
+        if i.op == "dynamic-update-slice":
+            update = self.hlo.get(computation, i.operands[1])
+            touched = outs = list(update.arrays) if update else []
+        vector = 0 if i.op in MOVES else SLOW.get(i.op, 1) * (i.arrays[0].elems if i.arrays else 0)
+        return (sum(a.bytes for a in (*touched, *outs) if a.space == HBM), sum(a.bytes for a in (*touched, *outs) if a.space == HOST), vector)
+
+    def fused(self, name: str, aliased: str = "") -> tuple[float, float, float]:
+        """The same of a fused computation: slices and updates in place count what they touch.
+
+        `aliased` numbers outputs that are inputs, by commas.
+        """
+        if (name, aliased) not in self._traffic:
+            self._traffic[name, aliased] = self._fused(name, set(aliased.split(",")))
+        return self._traffic[name, aliased]
+
+    def _fused(self, name: str, aliased: set[str]) -> tuple[float, float, float]:
+        body, total = self.hlo.body(name), {HBM: 0.0, HOST: 0.0}
+        users = defaultdict(list)
+        for i in body:
+            for k, operand in enumerate(i.operands):
+                users[operand].append((i, k))
+
+        def add(a: Array, part: float = 1.0) -> None:
+            if a.space in total:
+                total[a.space] += a.bytes * part
+
+        def read(i: Instruction) -> float:
+            """Elements of a parameter that are read; infinitely many stand for all."""
+            elements, todo = 0.0, list(users[i.name])
+            while todo:
+                user, k = todo.pop()
+                if user.op in ("bitcast", "reshape"):
+                    todo += users[user.name]
+                elif user.op in ("dynamic-slice", "slice", "gather") and k == 0:
+                    elements += sum(a.elems for a in user.arrays)
+                elif user.op == "dynamic-update-slice" and k == 0:
+                    continue
+                elif user.collective or user.op in ("tuple", "get-tuple-element") or "AsyncCollective" in user.attrs:
+                    continue
+                else:
+                    return math.inf
+            return elements
+
+        def write(i: Instruction | None, depth: int = 0) -> None:
+            if i is None or depth > 6 or i.op == "parameter" or "AsyncCollective" in i.attrs:
+                return
+            if i.op == "tuple":
+                for k, operand in enumerate(i.operands):
+                    if str(k) not in aliased:
+                        write(self.hlo.get(name, operand), depth + 1)
+            elif i.op in ("bitcast", "reshape") and (j := self.hlo.get(name, i.operands[0])) and j.op == "dynamic-update-slice":
+                write(j, depth + 1)
+            elif i.op == "dynamic-update-slice" and (update := self.hlo.get(name, i.operands[1])):
+                for a, b in zip(i.arrays, update.arrays):
+                    add(Array(a.dtype, b.dims, a.space, b.bytes, b.elems))
+            else:
+                for a in i.arrays:
+                    add(a)
+
+        vector = 0.0
+        for i in body:
+            if i.op == "parameter":
+                elements = read(i)
+                for a in i.arrays:
+                    add(a, min(1.0, elements / max(a.elems, 1)))
+            elif i.op in ("reduce", "reduce-window"):
+                first = self.hlo.operand(name, i, 0)
+                vector += first.elems if first else 0
+            elif i.op == "fusion":
+                vector += self.fused(i.calls)[2]
+            elif i.op not in MOVES and i.op not in COLLECTIVES and i.arrays:
+                vector += SLOW.get(i.op, 1) * i.arrays[0].elems
+        write(next((i for i in body if i.root), None))
+        return total[HBM], total[HOST], vector
+
+
+def program_flops(hlo: Hlo, turns: int = 1) -> float:
+    """Operations of all matmuls of a module on one device; a body counts as often as it runs, of branches the longest.
+
+    `turns` is the trip count of loops whose own depends on data.
+    """
+    work = Work(hlo)
+
+    def total(name: str) -> float:
+        found = 0.0
+        for i in hlo.body(name):
+            if i.op == "while":
+                found += total(i.attr(r"body=%?([\w.\-<>]+)")) * (hlo.trips(i) or turns)
+            elif i.op == "conditional":
+                found += max(map(total, i.called), default=0.0)
+            elif i.op == "call":
+                found += total(i.called[0])
+            elif not i.op.endswith("-done"):
+                found += sum(map(total, i.called)) if i.op.endswith("-start") else work.flops(name, i)
+        return found
+
+    return total(hlo.entry)
+
+
+@functools.lru_cache(None)
+def _valid(left: int, out: int, size: int, stride: int, dilate: int, spread: int, pad: int) -> int:
+    """Pairs of an output and a place of the window that meet an element which is there."""
+    limit = (left - 1) * dilate + 1
+    if dilate == 1 and spread == 1 and stride == 1 and pad == 0 and out + size - 1 <= left:
+        return out * size
+    return sum(1 for o in range(out) for k in range(size) if 0 <= (p := o * stride + k * spread - pad) < limit and p % dilate == 0)
