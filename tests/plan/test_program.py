@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("libtpu")
 
-from mllm_jax.config import ConfigError, load, override  # noqa: E402
+from mllm_jax.config import ConfigError, load  # noqa: E402
 from mllm_jax.data.batch import blank_batch  # noqa: E402
 from mllm_jax.data.loader import Loader  # noqa: E402
 from mllm_jax.data.pack import row_spec  # noqa: E402
 from mllm_jax.data.vocabulary import recipe_tokenizer  # noqa: E402
-from mllm_jax.plan.program import compile, lower, stage_of  # noqa: E402
+from mllm_jax.plan.program import lower, stage_of  # noqa: E402
 from mllm_jax.plan.topology import topology  # noqa: E402
 from mllm_jax.sharding import Layout  # noqa: E402
 
@@ -29,11 +29,10 @@ def test_the_batch_is_that_of_the_loader_in_shapes_and_types(name):
     assert all(x.base is not None and x.base.nbytes <= 8 for x in jax.tree.leaves(blank))
 
 
-def test_the_state_comes_out_where_it_went_in_and_takes_its_place():
+def test_the_state_comes_out_where_it_went_in_and_takes_its_place(one_slice):
     """So that the next step can be given it, and it is not there twice."""
-    recipe = override(load("projector/llava_15").tiny(), "stages.instruct.data.batch_size=16")
-    program = lower(recipe, "instruct", Layout(mesh={"fsdp": 2, "tensor": 2}, dtype="bfloat16", remat="full"), topology("v5e:2x2").devices)
-    compiled = compile(program)
+    compiled, _, _ = one_slice
+    program = compiled.program
     assert compiled.refusal == ""
     before, after = jax.tree.leaves(program.state), jax.tree.leaves(compiled.executable.output_shardings[0])
     assert all(b.sharding.is_equivalent_to(a, len(b.shape)) for b, a in zip(before, after, strict=True))

@@ -1,0 +1,105 @@
+"""The replay of a schedule against times worked out by hand."""
+
+import pytest
+
+from mllm_jax.plan.estimate import HBM_EFFICIENCY, OVERHEAD, Replay
+from mllm_jax.plan.hlo import Hlo
+from mllm_jax.plan.memory import alive
+from mllm_jax.plan.network import EFFICIENCY, HOP, Network
+from mllm_jax.plan.topology import CHIPS
+
+V5E = CHIPS["v5e"]
+NET = Network(V5E, [(x, 0, 0, 0) for x in range(4)], {"fsdp": 4})
+BIG = "f32[2048,2048]{1,0}"
+SIZE = 4 * 2048 * 2048
+CYCLES = '"window_config":{"estimated_cycles":"1500000","cost_model_type":"COST_MODEL_TYPE_CLASSIC"}'     # a millisecond
+MATMUL = """%product (a: f32[2048,2048], b: f32[2048,2048]) -> f32[2048,2048] {
+  %a = f32[2048,2048]{1,0} parameter(0)
+  %b = f32[2048,2048]{1,0} parameter(1)
+  ROOT %dot = f32[2048,2048]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+GATHER = 4 * SIZE / 4 * 3 / 4 / (V5E.link * EFFICIENCY) + 4 * HOP
+
+
+def replay(body: str, others: str = MATMUL, turns: int = 1):
+    hlo = Hlo(f"HloModule m, is_scheduled=true\n\n{others}\nENTRY %main (x: {BIG[:14]}) -> {BIG[:14]} {{\n  %x = {BIG} parameter(0)\n{body}}}\n")
+    return Replay(hlo, V5E, NET, turns).out
+
+
+def product(name: str, x: str = "x", root: bool = False) -> str:
+    return f"  {'ROOT ' * root}%{name} = {BIG} fusion(%{x}, %{x}), kind=kOutput, calls=%product, backend_config={{{CYCLES}}}\n"
+
+
+def test_a_product_takes_the_cycles_that_the_compiler_expects():
+    out = replay(product("y", root=True))
+    assert (out.seconds, out.flops) == (pytest.approx(1e-3), 2 * 2048**3)
+    assert out.by_unit() == {"compute": pytest.approx(1e-3)}
+
+
+def test_what_is_no_product_takes_its_bytes():
+    out = replay(f"  ROOT %y = {BIG} add(%x, %x)\n")
+    assert out.seconds == pytest.approx(3 * SIZE / (V5E.hbm_rate * HBM_EFFICIENCY) + OVERHEAD)
+    assert list(out.by_unit()) == ["HBM"]
+
+
+def test_a_gather_costs_what_the_products_beside_it_leave():
+    start = f"  %s = (f32[512,2048]{{1,0}}, {BIG}) all-gather-start(%x), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}\n"
+    done = f"  ROOT %d = {BIG} all-gather-done(%s)\n"
+    alone, beside = replay(start + done), replay(start + product("y") + done)
+    assert alone.seconds == pytest.approx(GATHER)
+    row = alone.traffic["all-gather", ("fsdp",)]
+    assert (row.bytes, row.busy, row.exposed) == (SIZE * 3 / 4, pytest.approx(GATHER), pytest.approx(GATHER))
+    assert beside.seconds == pytest.approx(max(1e-3, GATHER)) and GATHER < 1e-3
+    assert beside.traffic["all-gather", ("fsdp",)].exposed == 0
+
+
+def test_wires_are_used_by_one_collective_after_the_other():
+    start = "".join(f"  %s{k} = (f32[512,2048]{{1,0}}, {BIG}) all-gather-start(%x), replica_groups={{{{0,1,2,3}}}}\n" for k in (1, 2))
+    out = replay(start + f"  %d1 = {BIG} all-gather-done(%s1)\n  ROOT %d2 = {BIG} all-gather-done(%s2)\n")
+    assert out.seconds == pytest.approx(2 * GATHER)
+
+
+LOOP = MATMUL + """
+%body (p: (s32[], f32[2048,2048])) -> (s32[], f32[2048,2048]) {
+  %p = (s32[], f32[2048,2048]{1,0}) parameter(0)
+  %x = f32[2048,2048]{1,0} get-tuple-element(%p), index=1
+  %k = s32[] get-tuple-element(%p), index=0
+  %y = f32[2048,2048]{1,0} fusion(%x, %x), kind=kOutput, calls=%product, backend_config={CYCLES}
+  ROOT %t = (s32[], f32[2048,2048]{1,0}) tuple(%k, %y)
+}
+
+%condition (p: (s32[], f32[2048,2048])) -> pred[] {
+  %p = (s32[], f32[2048,2048]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%p), index=0
+  %n = s32[] BOUND
+  ROOT %lt = pred[] compare(%k, %n), direction=LT
+}
+""".replace("CYCLES", f"{{{CYCLES}}}")
+WHILE = ("  %z = s32[] constant(0)\n  %t = (s32[], f32[2048,2048]{1,0}) tuple(%z, %x)\n"
+         "  %w = (s32[], f32[2048,2048]{1,0}) while(%t), condition=%condition, body=%bodyKNOWN\n"
+         "  ROOT %y = f32[2048,2048]{1,0} get-tuple-element(%w), index=1\n")
+
+
+@pytest.mark.parametrize(("known", "bound", "turns", "times"), [
+    (', backend_config={"known_trip_count":{"n":"7"}}', "constant(9)", 1, 7), ("", "constant(9)", 1, 9),
+    ("", "get-tuple-element(%p), index=0", 3, 3)])
+def test_a_loop_takes_its_turns(known, bound, turns, times):
+    out = replay(WHILE.replace("KNOWN", known), LOOP.replace("BOUND", bound), turns)
+    # Besides, a turn compares two numbers.
+    assert out.seconds == pytest.approx(times * 1e-3, rel=1e-3)
+    assert out.flops == times * 2 * 2048**3
+    assert bool(out.notes) == (turns == 3)
+
+
+def test_error_bars_hold_the_estimate():
+    out = replay(product("y", root=True))
+    assert out.low == pytest.approx(0.85e-3) and out.high == pytest.approx(1.15e-3)
+
+
+def test_alive_where_most_is_are_the_values_still_wanted():
+    """Two sums of a first one: it and one of them are there at once, the result is not a temporary."""
+    hlo = Hlo(f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {BIG[:14]}) -> {BIG[:14]} {{\n  %x = {BIG} parameter(0)\n"
+              f"  %a = {BIG} add(%x, %x)\n  %b = {BIG} add(%a, %x)\n  %c = {BIG} bitcast(%b)\n  %d = {BIG} add(%c, %a)\n"
+              f"  ROOT %y = {BIG} add(%d, %x)\n}}\n")
+    assert [(size, i.name) for size, i in alive(hlo)] == [(SIZE, "a"), (SIZE, "b"), (SIZE, "d")]
