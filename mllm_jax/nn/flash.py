@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -49,11 +50,19 @@ class Plan:
     m: int                              # blocks of keys
     per: int                            # blocks of keys in a chunk, which fast memory holds
     window: int | None
+    causal: bool                        # is known to be so: says what a call costs
     interpret: bool                     # run by the interpreter of Pallas, on any platform
 
     @property
     def chunk(self) -> int:
         return self.per * self.key_block
+
+    @property
+    def share(self) -> float:
+        """The part of the pairs of blocks that rows of one example need, as far as is known here."""
+        first, key_first = self.block * np.arange(self.n)[:, None], self.key_block * np.arange(self.m)
+        seen = key_first < first + self.block if self.causal else np.ones((self.n, self.m), bool)
+        return float(np.mean(seen if self.window is None else seen & (first - key_first - self.key_block < self.window - 1)))
 
 
 def attend_flash(
@@ -69,7 +78,8 @@ def attend_flash(
     most = max(1, CHUNK // (-(-k.shape[-1] // 128) * 128 * k.dtype.itemsize * key_block))
     chunks = -(-(blocks := -(-t // key_block)) // most)
     per = -(-blocks // chunks)
-    plan = Plan(block=block, key_block=key_block, n=-(-s // block), m=per * chunks, per=per, window=window, interpret=interpret)
+    plan = Plan(block=block, key_block=key_block, n=-(-s // block), m=per * chunks, per=per, window=window, causal=visibility.causal,
+                interpret=interpret)
 
     fill = lambda x, size, **how: jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), **how)
     key_segments = fill(visibility.key_segments, plan.chunk)
@@ -186,7 +196,7 @@ def _forward(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *numbers: jax
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, 1, s), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),
-        cost_estimate=_cost(2, q, k, v),
+        cost_estimate=_cost(2, plan, q, k, v),
     )(*_table(plan, numbers), q, k, v, *numbers)
 
 
@@ -288,7 +298,7 @@ def _backward_chunk(plan: Plan, dtype, table: tuple, c: jax.Array, q, k, v, *oth
         out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM),
-        cost_estimate=_cost(5, q, k, v),
+        cost_estimate=_cost(5, plan, q, k, v),
     )(*table, c.reshape(1), q, k, v, *others)
 
 
@@ -322,8 +332,7 @@ def _backward_kernel(plan: Plan, words, first, last, c, q, k, v, *refs) -> None:
         d_v[0, 0] = v_sum[...].astype(d_v.dtype)
 
 
-def _cost(products: int, q: jax.Array, k: jax.Array, v: jax.Array) -> pl.CostEstimate:
-    """Of a call that leaves nothing out."""
-    pairs = math.prod(q.shape[:3]) * k.shape[2]
+def _cost(products: int, plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> pl.CostEstimate:
+    pairs = round(math.prod(q.shape[:3]) * k.shape[2] * plan.share)
     moved = sum(x.size * x.dtype.itemsize for x in (q, k, v)) + q.size * q.dtype.itemsize
     return pl.CostEstimate(flops=2 * products * pairs * q.shape[3], transcendentals=pairs, bytes_accessed=moved)

@@ -8,19 +8,26 @@ A window lets a query see the last so many places of the row only, of its own sp
 span it sees all of (Gemma 3).
 """
 
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.types import Batch, struct
+from mllm_jax.types import Batch
+
+DATA = ["segments", "order", "key_segments", "key_order", "start"]
 
 
-@struct
+@partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=["causal"])
+@dataclass(frozen=True, kw_only=True)
 class Visibility:
     segments: jax.Array                 # i32[b s]   of the queries
     order: jax.Array                    # i32[b s]
     key_segments: jax.Array             # i32[b t]
     key_order: jax.Array                # i32[b t]
     start: jax.Array | int = 0          # i32[]: place of the first query among the keys
+    causal: bool = False                # order is known to count up; says what a kernel costs, not what it does
 
     def mask(self, window: int | None = None) -> jax.Array:
         """bool[b s t]."""
@@ -35,8 +42,9 @@ class Visibility:
 
 def of_batch(batch: Batch, *, causal: bool = True) -> Visibility:
     """What the positions of a batch see of one another; not causal: all of their own segment."""
-    if causal:
-        order = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape) if batch.blocks is None else batch.blocks
+    counts = causal and batch.blocks is None
+    if counts:
+        order = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     else:
-        order = jnp.zeros_like(batch.tokens)
-    return Visibility(segments=batch.segments, order=order, key_segments=batch.segments, key_order=order)
+        order = batch.blocks if causal else jnp.zeros_like(batch.tokens)
+    return Visibility(segments=batch.segments, order=order, key_segments=batch.segments, key_order=order, causal=counts)

@@ -83,7 +83,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients(monkeypatch):
 
 
 def test_blocks_are_left_out_or_need_no_mask_by_their_smallest_and_largest_numbers():
-    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, window=None, interpret=True)
+    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, window=None, causal=False, interpret=True)
     segments, place = jnp.array([[1, 1, 1, 1, 1, 2, 0, 0]]), jnp.arange(8)[None]
     keys = jnp.where(segments > 0, segments, -1)
     table = lambda order, window=None: codes(replace(plan, window=window), segments, order, keys, order)[0].tolist()
