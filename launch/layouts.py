@@ -33,6 +33,7 @@ LAYOUTS: dict[str, Layout] = {
     "h100-1": replace(CHIPS, mesh=mesh(), remat="dots"),
     "h100-8": replace(CHIPS, mesh=mesh(fsdp=8), remat="dots"),
     "h100-8-experts": replace(CHIPS, mesh=mesh(fsdp=2) | {"expert": 4}, remat="dots"),
+    "h100-8x4": replace(CHIPS, mesh=mesh(fsdp=8), slices=4, remat="dots"),
     "h100-8x8": replace(CHIPS, mesh=mesh(fsdp=8), slices=8, remat="dots"),      # eight machines; parameters stay inside one
     "h200-1": replace(CHIPS, mesh=mesh(), remat="dots"),
     "h200-8": replace(CHIPS, mesh=mesh(fsdp=8), remat="dots"),

@@ -144,7 +144,12 @@ def keep_memory() -> bool:
 
 
 def cluster(env: Mapping[str, str]) -> str | None:
-    """Which launcher started several processes, by the variables that it sets; None for a single process."""
+    """Which launcher started several processes, by the variables that it sets; None for a single process.
+
+    MLLM_JAX_CLUSTER=tpu says it of TPU machines without a cluster, which know each other from their metadata server alone.
+    """
+    if env.get("MLLM_JAX_CLUSTER"):
+        return env["MLLM_JAX_CLUSTER"]
     many = lambda name: env.get(name, "").isdigit() and int(env[name]) > 1
     if env.get("JAX_COORDINATOR_ADDRESS") and many("JAX_NUM_PROCESSES"):
         return "jax"

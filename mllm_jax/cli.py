@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from mllm_jax.config import ConfigError, nearest
 
-VERBS = ("train", "evaluate", "generate", "import", "export", "describe", "compare", "plan", "data", "doctor")
+VERBS = ("train", "evaluate", "generate", "import", "export", "describe", "compare", "plan", "launch", "data", "doctor")
 
 EXAMPLES = """\
 examples:

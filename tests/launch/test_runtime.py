@@ -58,6 +58,7 @@ def test_sigterm_is_noticed_and_not_fatal():
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi"),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
+    ({"MLLM_JAX_CLUSTER": "tpu"}, "tpu"),
     ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, "jax"),
 ])
 def test_a_cluster_is_known_by_its_variables(env, found):
