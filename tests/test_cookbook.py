@@ -20,7 +20,7 @@ from mllm_jax.commands.common import load_recipe
 from mllm_jax.launch.layouts import find
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("README.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("README.md")])
 BLOCK = re.compile(r"^```sh( run)?\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
 
 
@@ -29,9 +29,15 @@ def blocks(page: Path, *, run: bool) -> list[tuple[list[list[str]], str | None]]
     out = []
     for marked, text, expected in BLOCK.findall(page.read_text()):
         if bool(marked) == run:
-            lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+            lines = [_words(line) for line in text.replace("\\\n", " ").splitlines()]
             out.append(([words[1:] for words in lines if words[:1] == ["mllm-jax"]], expected or None))
     return out
+
+
+def _words(line: str) -> list[str]:
+    """Of a command line, without the file that its output goes to."""
+    words = shlex.split(line, comments=True)
+    return words[: words.index(">")] if ">" in words else words
 
 
 def small(argv: list[str]) -> list[str]:
@@ -103,7 +109,7 @@ def rewrite() -> None:
         for match in BLOCK.finditer(page.read_text()):
             marked, commands, expected = match.groups()
             if marked and expected is not None:
-                printed = run(shlex.split(commands.splitlines()[-1])[1:])[1]
+                printed = run(_words(commands.replace("\\\n", " ").splitlines()[-1])[1:])[1]
                 text = text.replace(match[0], match[0].replace(f"```text\n{expected}", f"```text\n{printed}"))
         page.write_text(text)
 
