@@ -41,7 +41,7 @@ class Layout:
     microbatches: int = 1               # a step's rows are processed in so many parts
     unroll: int = 1                     # layers in one iteration of the loop over layers
     slices: int = 1                     # the mesh is that of one slice; `data` is so many times longer, over their network.  -1: all there are
-    attention: str = "auto"             # "auto": by the platform's own kernel; "xla"; or its name: "flash" on TPU
+    attention: str = "auto"             # "auto": by the platform's own kernel; "xla"; or its name: "flash" on TPU, "cudnn" on GPU
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
         """The mesh over these devices (all by default); with several slices, neighbours along `data` may be of two of them.

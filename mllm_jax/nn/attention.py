@@ -1,8 +1,9 @@
 """Multi-head attention with grouped queries and a cache; the dot product behind one function.
 
 `attend` is where a platform's kernel is chosen.  It is given the two integer arrays of a `Visibility`
-and not a mask, so that a kernel that knows segments never sees one: nn/flash.py on TPU.  Elsewhere long rows are read
-block by block.
+and not a mask, so that a kernel that knows segments never sees one: nn/flash.py on TPU.  cuDNN's, on GPU, takes a mask of
+each row, the same for all heads; the call was lowered for CUDA, with what it is given checked on a CPU, and has not run on a
+GPU yet.  Elsewhere long rows are read block by block.
 """
 
 from dataclasses import replace
@@ -20,10 +21,10 @@ from mllm_jax.nn.param import Linear
 from mllm_jax.nn.position import Rotation
 from mllm_jax.nn.remat import keep
 from mllm_jax.nn.visibility import Visibility
-from mllm_jax.sharding import current, platform
+from mllm_jax.sharding import constrain, current, platform
 from mllm_jax.types import struct
 
-KERNELS = {"tpu": "flash"}              # platform -> the kernel it has beside those of XLA
+KERNELS = {"tpu": "flash", "gpu": "cudnn"}      # platform -> the kernel it has beside those of XLA
 SHORT = 128                             # fewer queries or keys than that make scores that XLA can keep
 Keys = tuple[jax.Array, jax.Array]      # keys and values, each f[b t g k]
 
@@ -118,8 +119,12 @@ def attend(
     """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
     groups = k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if kernel() == "flash" and min(q.shape[1], k.shape[1]) >= SHORT and (visibility is None or isinstance(visibility.start, int)):
+    own = kernel() if min(q.shape[1], k.shape[1]) >= SHORT else "xla"
+    if own == "flash" and (visibility is None or isinstance(visibility.start, int)):
         return attend_flash(q, k, v, visibility, scale=scale, window=window)
+    if own == "cudnn" and fits_cudnn(q, k, masked=visibility is not None):
+        mask = None if visibility is None else constrain(visibility.mask(window)[:, None], "batch - - -")
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
     if visibility is not None and q.shape[1] * k.shape[1] > LONG * LONG:
         return keep(attend_blockwise(q, k, v, visibility, scale=scale, window=window), "attention")
     q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=groups)
@@ -141,3 +146,10 @@ def kernel() -> str:
     if chosen not in ("auto", "xla", own):
         raise ConfigError(f"the layout asks for attention by {chosen!r}, which {platform()} lacks; choose 'auto' or one of {sorted({'xla', own})}")
     return own if chosen == "auto" else chosen
+
+
+def fits_cudnn(q: jax.Array, k: jax.Array, *, masked: bool) -> bool:
+    """Whether cuDNN takes such queries and keys: what it says itself, and no masks above 128 MiB a row."""
+    (s, t), width = (q.shape[1], k.shape[1]), q.shape[-1]
+    sizes = width % 8 == 0 and width <= 128 and q.dtype in (jnp.bfloat16, jnp.float16)
+    return sizes and not (masked and (s % 2 or t % 2 or s * t > 8192 * 8192))

@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from mllm_jax.nn import attention
 from mllm_jax.nn.attention import LayerCache, attend
 from mllm_jax.nn.visibility import Visibility
 
@@ -86,3 +88,40 @@ def test_a_cache_keeps_what_was_written():
     np.testing.assert_array_equal(new.read()[0][:, 5:7], k)
     np.testing.assert_array_equal(new.read()[1][:, 5:7], v)
     assert float(jnp.abs(new.k).sum()) == pytest.approx(float(jnp.abs(k).sum()))
+
+
+def half(s):
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(2, s))
+    order = jnp.broadcast_to(jnp.arange(s), (B, s))
+    segments = jnp.minimum(1 + order // 100, 2)
+    return q, k, v, Visibility(segments=segments, order=order, key_segments=segments, key_order=order)
+
+
+def test_on_gpu_cudnn_is_given_what_xla_would_compute(monkeypatch):
+    q, k, v, sees = half(128)
+    want = [attend(q, k, v, None), attend(q, k, v, sees, scale=0.3), attend(q, k, v, sees, window=5)]
+    given, real = [], jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **options):
+        given.append(implementation)
+        return real(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    ours = [attend(q, k, v, None), attend(q, k, v, sees, scale=0.3), attend(q, k, v, sees, window=5)]
+    assert given == ["cudnn"] * 3
+    for a, b in zip(ours, want):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02)     # half precision
+    attend(*(x.astype(jnp.float32) for x in (q, k, v)), sees)       # cuDNN has no float32,
+    attend(*half(129))                                              # no mask of an odd side,
+    attend(q[:, :64], k, v, None)                                   # and is not asked for few queries
+    assert given == ["cudnn"] * 3
+
+
+def test_cudnn_lowers_for_cuda_with_a_mask_that_all_heads_share(monkeypatch):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)        # the one thing that is asked of the machine
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    grad = jax.jit(jax.grad(lambda q, k, v, sees: jnp.sum(attend(q, k, v, sees)), (0, 1, 2)))
+    text = grad.trace(*half(256)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn$fmhaScaleBiasSoftmax" in text and f"tensor<{B}x1x256x256xbf16>" in text
+    assert f"tensor<{B}x{H}x256x256x" not in text
