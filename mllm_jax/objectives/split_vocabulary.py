@@ -110,7 +110,7 @@ def forward(split: Split, options: tuple[float, float], hidden, unembed, targets
         sums = jax.lax.psum(tuple(jnp.sum(w * a) for a in (loss, nll, right)), split.others + split.outer)
         return sums, _own(split, lse, len(lse) // split.g).reshape(hidden.shape[:2])
 
-    return _run(split, local, ((P(),) * 3, split.tokens))(hidden, unembed, targets, weights)
+    return _run(split, local, ((P(),) * 3, split.tokens))(*_now(hidden, unembed), targets, weights)
 
 
 def backward(split: Split, options: tuple[float, float], hidden, unembed, targets, weights, lse, want_hidden: bool, want_unembed: bool):
@@ -149,10 +149,18 @@ def backward(split: Split, options: tuple[float, float], hidden, unembed, target
         return dx, dm
 
     out = P(*split.tokens) if want_hidden else None, split.matrix if want_unembed else None
-    return _run(split, local, out, more=(split.tokens,))(hidden, unembed, targets, weights, lse)
+    return _run(split, local, out, more=(split.tokens,))(*_now(hidden, unembed), targets, weights, lse)
 
 
 _OUT = -1e30                            # the logit of a column that is no token, or was seen before
+
+
+def _now(hidden, unembed) -> tuple[jax.Array, jax.Array]:
+    """The same, tied together: columns move when they are wanted, not as soon as the step begins, out of the loop over microbatches.
+
+    On pretended devices that could hang: a program from the compilation cache keeps no order of transfers that are independent.
+    """
+    return jax.lax.optimization_barrier((hidden, unembed))
 
 
 def _run(split: Split, local, out, more: tuple = ()):
