@@ -66,7 +66,7 @@ def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LA
     for name, body in hlo.computations.items():
         for i in body:
             axes = _gathered(i, network) or (_all_rows(i, rows, program) if telling else ())
-            if not axes or name.startswith("fused") and not i.collective:
+            if not axes or name.startswith("fused") and not i.collective or "/shard_map/" in i.source:
                 continue
             for a in i.arrays:
                 dims = tuple(d for d in a.dims if d > 1)
@@ -82,7 +82,8 @@ def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LA
 
 def _gathered(i: Instruction, network: Network) -> tuple[str, ...]:
     """The axes of the batch along which this gathers."""
-    if i.collective != "all-gather":
+    # One that is written where it stands (shard_map) is meant.
+    if i.collective != "all-gather" or "/shard_map/" in i.source:
         return ()
     return tuple(a for a in network.cost(i).axes if a in BATCH_AXES)
 

@@ -290,12 +290,20 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
     moved = sum(a.bytes for a in (*given, *i.arrays) if a.space == HBM)
     memory = moved / (chip.hbm_rate * HBM_EFFICIENCY)
     big = [a for a in given if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16") and a.dims[-1] >= 16 and a.dims[-2] >= 128]
+    said = {key: float(n) for key, n in re.findall(r'(flops|transcendentals)\\?"?:\s*\\?"?(\d+)', i.attr(r"cost_estimate(.*?\})") or "")}
+    if i.name.startswith("flash_") and said.get("transcendentals"):
+        # nn/flash.py counts the pairs that are looked at, each with one exponential.
+        cycles = chip.splash[3] + chip.splash[4] if i.name.startswith("flash_bwd") else chip.splash[0] + chip.splash[1]
+        wide = max(i.arrays[0].dims[-1], 128) / 128
+        seconds = said["transcendentals"] / 512**2 * cycles * wide / chip.clock / chip.cores
+        replay.out.notes["attention was taken to need all pairs that are not ahead, and to take as long as splash attention for each"] += 1
+        return max(seconds, memory), said["flops"], moved
     if ("splash" in i.name or "flash" in i.name) and len(big) > 1:
         seconds, flops = splash(chip, i, big[0].dims, big[1].dims, causal=any(a.dtype == "s8" for a in given))
         replay.out.notes["splash attention was costed by its blocks, of which half are left out where it is causal"] += 1
         return max(seconds, memory), flops, moved
-    if found := i.attr(r'cost_estimate\\?"?:?\s*\{[^}]*flops\\?"?:\s*\\?"?(\d+)'):
-        return max(float(found) / chip.peak / 0.6, memory), float(found), moved
+    if "flops" in said:
+        return max(said["flops"] / chip.peak / 0.6, memory), said["flops"], moved
     replay.out.notes["a kernel without a cost was taken to be bound by memory: " + re.sub(r"[.\d]+$", "", i.name)] += 1
     return memory, 0.0, moved
 

@@ -92,6 +92,17 @@ def test_a_loop_takes_its_turns(known, bound, turns, times):
     assert bool(out.notes) == (turns == 3)
 
 
+@pytest.mark.parametrize(("kernel", "products", "cycles"), [("flash_fwd", 2, 1192 + 165), ("flash_bwd", 5, 2428 + 300)])
+def test_attention_takes_cycles_for_each_pair_of_blocks(kernel, products, cycles):
+    """Of 32 heads with half of 2048 x 2048 pairs."""
+    pairs = 32 * 2048**2 // 2
+    cost = f'"cost_estimate":{{"flops":"{2 * products * pairs * 128}","transcendentals":"{pairs}","bytes_accessed":"1"}}'
+    out = replay(f'  ROOT %{kernel}.1 = bf16[1,32,2048,128]{{3,2,1,0}} custom-call(%x), custom_call_target="tpu_custom_call", '
+                 f"backend_config={{{cost}}}\n")
+    assert out.flops == 2 * products * pairs * 128
+    assert out.seconds == pytest.approx(32 * 8 * cycles / V5E.clock + OVERHEAD)
+
+
 def test_error_bars_hold_the_estimate():
     out = replay(product("y", root=True))
     assert out.low == pytest.approx(0.85e-3) and out.high == pytest.approx(1.15e-3)
