@@ -63,6 +63,7 @@ class Data:
     pack: bool = True                   # several examples in a row; pairs (contrastive) are never packed
     overlong: str = "raise"             # an example longer than a row: "raise", "drop", or "truncate" its text at the end
     on_bad_example: str = "raise"       # an example that cannot be read: "raise" or "skip" (counted)
+    reduction: str = "token"            # what counts alike in the loss: each "token", each "example", or n tokens as their "root"
     augment: tuple[Any, ...] = ()       # changes of the media, keyed by the id of the example
     seed: int = 0
     workers: int = 0                    # processes that read, for each shard

@@ -1,8 +1,8 @@
 """InternVL 2.5 (arXiv:2412.05271): InternViT on tiles of 448, the nearest of many arrangements, before Qwen2.5.
 
-New here: `DynamicTiles`, scaled layers (`layer_scale`), and rows of 16k packed from images, several images and videos.
-Source: OpenGVLab/InternVL, internvl_chat/shell/internvl2.5.  Not here: weights of 1/sqrt(n) of an answer of n tokens, JPEG noise and
-drop path.  The mixtures are not published; towers come from released folders of InternVL3, whose layout of keys is read.
+New here: `DynamicTiles`, scaled layers (`layer_scale`), and rows of 16k packed from images, several images and videos, each counting
+as the root of its tokens (`reduction`).  Source: OpenGVLab/InternVL, internvl_chat/shell/internvl2.5.  Not here: JPEG noise and drop
+path.  The mixtures are not published; towers come from released folders of InternVL3, whose layout of keys is read.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ def recipe(size: str = "1b") -> Recipe:
     connector = ShuffleConfig(grid=32, side=2, mlp=MLPConfig(depth=2, norm=LayerNorm()))
     video = Also(view=Frames(view=Square(size=448), frames=32, pick="middle"), layout=INTERNVL_VIDEO)
     image = TowerConfig(view=DynamicTiles(size=448), encoder=encoder, connector=connector, layout=INTERNVL, also={"video": video})
-    data = Data(sources={"internvl2_5_pairs": 1.0}, batch_size=512, seq_len=16_384, template="chatml", items={"image": 48})
+    data = Data(sources={"internvl2_5_pairs": 1.0}, batch_size=512, seq_len=16_384, template="chatml", reduction="root", items={"image": 48})
     sources = {"inputs/image/encoder": f"hf://OpenGVLab/{tower}", "decoder": f"hf://Qwen/{language}-Instruct"}
     align = Stage(data=data, objectives={"lm": NextToken()}, optimizer=Adam(lr=2e-4, warmup=100, weight_decay=decay), steps=100_000,
                   train=("inputs/image/connector/*",), weights=sources)

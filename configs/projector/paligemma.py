@@ -1,8 +1,8 @@
 """PaliGemma (arXiv:2407.07726): SigLIP, one matrix and Gemma, trained as a whole from the start, at three resolutions.
 
 New here: `sees="prefix"`, so that image and question see one another and the answer alone is causal; nothing is frozen.
-Sizes, examples and lengths: the paper, section 3.2.  Unverified: rate (as PaliGemma 2 reports it), batch sizes, warm-ups
-and their slower one for the encoder, which is left out; a table of positions stays as small as it was, and is stretched.
+Sizes, examples and lengths: the paper, section 3.2; examples count alike, as in google-research/big_vision.  Unverified: rate (as
+PaliGemma 2 reports it), batch sizes, warm-ups and the encoder's slower one, which is left out; a table of positions is stretched.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ def model(size: int) -> MLLMConfig:
 
 def stage(size: int, examples: float, text: int, **more) -> Stage:
     data = Data(sources={"paligemma_mixture": 1.0}, batch_size=8_192, seq_len=(size // 14) ** 2 + text, template="paligemma",
-                pack=False, overlong="truncate")
+                pack=False, overlong="truncate", reduction="example")
     return Stage(model=model(size), data=data, objectives={"lm": NextToken()}, optimizer=Adam(lr=2e-5, schedule="rsqrt"),
                  steps=round(examples / 8_192), **more)
 

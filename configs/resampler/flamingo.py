@@ -1,8 +1,8 @@
 """OpenFlamingo (arXiv:2308.01390): a frozen language model that reads images beside the row, before every fourth layer.
 
 New here: `route="memory"` with a perceiver and layers with `reads`; documents; rows of new tokens that train alone (`added`).
-The 9B of the first release, on LLaMA-7B (8.2B in all); numbers from its run_train.sh on the paper's 64 GPUs.  Here tokens of captions
-count as those of documents, not a fifth, and documents with one image or small ones are kept.
+The 9B of the first release, on LLaMA-7B (8.2B in all); numbers from its run_train.sh on the paper's 64 GPUs.  Its loss is the mean over
+documents and a fifth of that over captions; here it is one mean over all tokens.  Documents with one image or small ones are kept.
 """
 
 from dataclasses import replace

@@ -40,7 +40,7 @@ from mllm_jax.data.errors import BadExample
 from mllm_jax.data.pack import Entry, Packer, RowSpec, row_spec
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.templates import Template
-from mllm_jax.data.tokenize import encode
+from mllm_jax.data.tokenize import encode, power
 from mllm_jax.types import record
 
 AHEAD = 2                                           # batches that are ready before they are asked for
@@ -89,6 +89,7 @@ class Loader:
         if not weights or min(weights.values()) < 0:
             raise ConfigError(f"data.sources needs weights of at least 0, and one above; got {dict(data.sources)}")
         check_shards(shards, rows)
+        power(data.reduction)
         self.data, self.towers, self.tokenizer = data, towers, tokenizer
         self.rows, self.mine, self.shards, self.exact = rows, tuple(range(rows) if mine is None else mine), shards, exact
         self.seed = f"{seed}/{data.seed}"
@@ -105,7 +106,8 @@ class Loader:
         return BatchIterator(self)
 
     def entries(self, name: str) -> "_Entries":
-        return _Entries(name, self.sources[name], self.template, self.towers, self.spec, self.data.overlong, f"{self.seed}/{name}")
+        how = self.data.overlong, self.data.reduction
+        return _Entries(name, self.sources[name], self.template, self.towers, self.spec, *how, f"{self.seed}/{name}")
 
 
 def check_shards(shards: int, rows: int) -> None:
@@ -289,10 +291,10 @@ class _Entries:
     """
 
     def __init__(
-        self, name: str, source: Any, template: Template, towers: Mapping[str, Any], spec: RowSpec, overlong: str, seed: str
+        self, name: str, source: Any, template: Template, towers: Mapping[str, Any], spec: RowSpec, overlong: str, reduction: str, seed: str
     ):
         self.name, self.source, self.template, self.towers, self.spec = name, source, template, towers, spec
-        self.overlong, self.seed = overlong, seed
+        self.overlong, self.reduction, self.seed = overlong, reduction, seed
         self._permutation = -1, np.zeros(0, np.int64)
 
     def __len__(self) -> int:
@@ -309,6 +311,7 @@ class _Entries:
                 tokenizer=self.template.tokenizer,
                 towers=self.towers,
                 overlong=self.overlong,
+                reduction=self.reduction,
                 max_len=self.spec.seq_len,
                 rng=rng_for(self.seed, example.id, epoch) if len(example.captions) > 1 else None,
             )

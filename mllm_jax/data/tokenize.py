@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, nearest
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.expand import expand, plan
 from mllm_jax.data.templates import Template, encode_pair
 from mllm_jax.data.words import said
 from mllm_jax.types import Example, Part, Sequence, Turn
+
+REDUCTIONS = {"token": 0.0, "root": 0.5, "example": 1.0}        # an example of n tokens counts as n ** (1 - power) of them
 
 
 def encode(
@@ -33,6 +35,7 @@ def encode(
     overlong: str = "raise",
     max_len: int | None = None,
     rng: np.random.Generator | None = None,
+    reduction: str = "token",
 ) -> Sequence:
     """The tokens of one example, with targets shifted by one; positions count from 0.
 
@@ -40,6 +43,8 @@ def encode(
       towers: input of the model -> its models.tower.TowerConfig.
       overlong: of more than `max_len` positions: "truncate" cuts text at the end; else it is a bad example.
       rng: chooses one of several captions; None takes the first.
+      reduction: how much the example counts in the loss: "token" as its tokens, "example" as any other (PaliGemma), "root" as the root
+        of how many tokens it has (InternVL).
 
     Raises:
       BadExample: a fault of this example, with its id.
@@ -61,9 +66,16 @@ def encode(
         if not sequence.weights.any():
             detail = f"none of {len(sequence)} tokens has a weight under the template {template.name!r}"
             raise BadExample("", "no_trained", detail)
-        return sequence
+        return sequence if reduction == "token" else replace(sequence, weights=sequence.weights * sequence.weights.sum() ** -power(reduction))
     except BadExample as error:
         raise error.of(example.id) from error.__cause__
+
+
+def power(reduction: str) -> float:
+    """By which power of its tokens an example is divided in the loss; a ConfigError if there is no such reduction."""
+    if reduction not in REDUCTIONS:
+        raise ConfigError(f"data.reduction={reduction!r} is none; nearest: {nearest(reduction, REDUCTIONS)}")
+    return REDUCTIONS[reduction]
 
 
 def encode_prompt(

@@ -62,6 +62,20 @@ def test_an_image_becomes_its_tokens_and_targets_are_shifted():
     assert [(i.modality, i.cut.grid, i.room, i.num_tokens) for i in s.items] == [("image", (1, 2, 2), 1, 4)]
 
 
+def test_an_example_counts_as_its_tokens_as_any_other_or_between_both():
+    """The answers have four and nine tokens, with the one that ends them."""
+    both = [example("a", answer="yes"), example("b", answer="the moon")]
+    sums = {how: [go(e, reduction=how).weights.sum() for e in both] for how in ("token", "root", "example")}
+    np.testing.assert_allclose([sums["token"], sums["root"], sums["example"]], [[4, 9], [2, 3], [1, 1]], rtol=1e-6)
+    # As a loss: the mean over examples of the means over tokens.
+    losses = [np.random.default_rng(len(e.turns[1].parts[0].text)).uniform(size=len(go(e))) for e in both]
+    total = sum((go(e, reduction="example").weights * loss).sum() for e, loss in zip(both, losses))
+    means = [loss[go(e).weights > 0].mean() for e, loss in zip(both, losses)]
+    np.testing.assert_allclose(total / sum(sums["example"]), np.mean(means), rtol=1e-6)
+    with pytest.raises(ConfigError, match="data.reduction='examples' is none; nearest: example"):
+        go(both[0], reduction="examples")
+
+
 def test_two_images_share_one_count_of_slots():
     s = go(example("<image>", "and", "<image>"))
     assert s.slots["image"][s.slots["image"] >= 0].tolist() == list(range(8))
