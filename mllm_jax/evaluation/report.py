@@ -230,6 +230,7 @@ def _details(recipe: Tree, stages: Tree) -> Raw:
     layout = recipe.get("layout", "")
     if not isinstance(layout, str):
         mesh = " × ".join(f"{axis} {'rest' if n == -1 else n}" for axis, n in layout.get("mesh", {}).items())
+        mesh = f"{layout['slices']} slices of {mesh}" if layout.get("slices", 1) > 1 else mesh
         layout = ", ".join(filter(None, [mesh, layout.get("dtype"), f"{layout.get('microbatches', 1)} microbatch(es)"]))
     rows = [["layout", layout], *([name, version] for name, version in versions.items())]
     config = json.dumps(recipe["config"], indent=1)

@@ -1,13 +1,17 @@
 """A profile of a few steps, for `xprof`: what the devices and the host did, to the operation.
 
 `xprof --logdir runs/NAME/stages/STAGE/profile` shows it.  Every process writes what it saw, so that a slow host can be told from
-the others.  The first steps of a program are unlike the rest; begin at 10 or later.
+the others: one page for all hosts, or a folder for each process where several are on one host, since files have a host's name.
+The first steps of a program are unlike the rest; begin at 10 or later.
 """
 
+import platform
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from mllm_jax.hosts import gather
 
 
 class Trace:
@@ -21,8 +25,10 @@ class Trace:
         """`running`: outputs of the step before, which is let finish, as it would be in the picture."""
         if step == self.first:
             jax.block_until_ready(running)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(str(self.folder))
+            hosts = gather(platform.node())
+            folder = self.folder if len(set(hosts)) == len(hosts) else self.folder / f"process-{jax.process_index()}"
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(str(folder))
             self.open = True
 
     def after(self, step: int, running: Any) -> None:
