@@ -1,8 +1,8 @@
 """Contrastive losses over the global batch.
 
-Under `jax.jit` the embeds are global arrays, so every other row of the batch is a negative and gradients
-flow through all of them, on however many devices the rows lie.  Rows without an example (segment 0
-throughout) are neither queries nor negatives.
+The embeds are global arrays, so every other row of the batch is a negative and gradients flow through all of them, on however
+many devices the rows lie; ring.py brings them together a block at a time.  Rows without an example (segment 0 throughout) are
+neither queries nor negatives.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mllm_jax.config import config
 from mllm_jax.objectives.base import Uncorrupted
-from mllm_jax.sharding import constrain
+from mllm_jax.objectives.ring import Kind, contrast
 from mllm_jax.types import Batch, Mean, Outputs, mean
 
 
@@ -33,25 +33,7 @@ class InfoNCE(Uncorrupted):
     whole: ClassVar[bool] = True
 
     def score(self, out: Outputs, batch: Batch) -> dict[str, Mean]:
-        x, y = _pair(out, self.pair)
-        real = _real(batch)
-        among = lambda x, y: jnp.where((real[:, None] * real) > 0, _logits(out, x, y), -1e30)
-        if self.candidates_learn:
-            logits = among(x, y)
-            back = logits.T
-        else:
-            logits, back = among(x, jax.lax.stop_gradient(y)), among(y, jax.lax.stop_gradient(x))
-        hit = (logits.argmax(axis=1) == jnp.arange(len(logits))).astype(jnp.float32)
-        return {"loss": mean((self._nll(logits, real) + self._nll(back, real)) / 2, real), "recall@1": mean(hit, real)}
-
-    def _nll(self, logits: jax.Array, real: jax.Array) -> jax.Array:
-        """f32[b] of finding the partner of each row among the columns f32[b b]."""
-        log_p = jax.nn.log_softmax(logits, axis=1)
-        nll = -jnp.diag(log_p)
-        if not self.smoothing:
-            return nll
-        spread = -jnp.sum(jnp.where(real > 0, log_p, 0), axis=1) / jnp.maximum(jnp.sum(real), 1)
-        return (1 - self.smoothing) * nll + self.smoothing * spread
+        return _score(Kind(softmax=True, smoothing=self.smoothing, candidates_learn=self.candidates_learn), out, self.pair, batch)
 
 
 @config
@@ -63,11 +45,7 @@ class Sigmoid(Uncorrupted):
     whole: ClassVar[bool] = True
 
     def score(self, out: Outputs, batch: Batch) -> dict[str, Mean]:
-        logits, real = _logits(out, *_pair(out, self.pair)), _real(batch)
-        sign = 2 * jnp.eye(logits.shape[0]) - 1
-        nll = jnp.sum(-jax.nn.log_sigmoid(sign * logits) * real, axis=1)
-        hit = (jnp.where(real > 0, logits, -1e30).argmax(axis=1) == jnp.arange(logits.shape[0])).astype(jnp.float32)
-        return {"loss": mean(nll, real), "recall@1": mean(hit, real)}
+        return _score(Kind(softmax=False), out, self.pair, batch)
 
 
 @config
@@ -93,22 +71,15 @@ class Matching:
         return {"loss": mean(-log_p, there), "accuracy": mean(right, there)}
 
 
-def _pair(out: Outputs, pair: tuple[str, str]) -> tuple[jax.Array, jax.Array]:
+def _score(kind: Kind, out: Outputs, pair: tuple[str, str], batch: Batch) -> dict[str, Mean]:
     for modality in pair:
         if modality not in out.embeds:
             raise KeyError(f"a contrastive objective pairs {pair}; the model gave embeds of {sorted(out.embeds)}")
-    return tuple(out.embeds[m] for m in pair)
-
-
-def _logits(out: Outputs, x: jax.Array, y: jax.Array) -> jax.Array:
-    """f32[b c], similarities of all rows of f[b d] or f[b n d] with all rows of f[c d] or f[c m d]."""
-    left, right = {2: "bd", 3: "bnd"}[x.ndim], {2: "cd", 3: "cmd"}[y.ndim]
-    several = left[1:-1] + right[1:-1]
-    # Every device compares its own rows with all rows of the other modality.
-    y = constrain(y, "everyone query joint_act" if y.ndim == 3 else "everyone joint_act")
-    logits = jnp.einsum(f"{left},{right}->bc{several}", x, y)
-    logits = out.scale * (jnp.max(logits, axis=tuple(range(2, logits.ndim))) if several else logits)
-    return logits if out.bias is None else logits + out.bias
+    real = _real(batch)
+    bias = jnp.zeros(()) if out.bias is None else out.bias
+    loss, hits = contrast(kind, *(out.embeds[m] for m in pair), out.scale, bias, real)
+    count = jnp.sum(real)
+    return {"loss": Mean(total=loss, count=count), "recall@1": Mean(total=jax.lax.stop_gradient(hits), count=count)}
 
 
 def _real(batch: Batch) -> jax.Array:
