@@ -104,10 +104,3 @@ def find(name: str, platform: str) -> Layout:
     for change in filter(None, changes.split(",")):
         layout = override(layout, change)
     return layout
-
-
-def pretended_devices(name: str) -> int:
-    """How many CPU devices a layout of this name asks for; 1 unless it is "cpu-8" or its like."""
-    row = name.partition(":")[0]
-    of = machine(row) if row in LAYOUTS else Machine("", 1, 1)
-    return of.chips * of.slices if of.chip == "cpu" else 1

@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -104,6 +105,15 @@ def start(
     if distributed or (distributed is None and found):
         join(found)
     return Runtime(process=jax.process_index(), processes=jax.process_count(), cluster=found, stop=on_sigterm())
+
+
+def pretended_devices(layout: str) -> int:
+    """How many CPU devices a layout of this name asks for: 8 if it is "cpu-8" or "cpu-4x2", 0 if it is one of real ones.
+
+    The name alone tells, for jax must not be imported before its environment is set.
+    """
+    of = re.match(r"cpu-(\d+)(?:x(\d+))?", layout)
+    return int(of[1]) * int(of[2] or 1) if of else 0
 
 
 def age() -> float:

@@ -40,9 +40,14 @@ class Job:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Compiled programs and weights are kept beside the runs, so that a restart finds them."""
+        """Compiled programs and weights are kept beside the runs, so that a restart finds them.
+
+        The platform is named, or jax would go on with the processors where the chips cannot be opened.
+        """
         parent = self.folder.rsplit("/", 1)[0]
-        return {"JAX_COMPILATION_CACHE_DIR": f"{parent}/xla", "HF_HOME": f"{parent}/huggingface", "PYTHONUNBUFFERED": "1"}
+        platform = "tpu" if CHIPS[self.machine.chip].slices else "cuda"
+        return {"JAX_PLATFORMS": f"{platform},cpu", "JAX_COMPILATION_CACHE_DIR": f"{parent}/xla", "HF_HOME": f"{parent}/huggingface",
+                "PYTHONUNBUFFERED": "1"}
 
     @property
     def shell(self) -> str:

@@ -32,9 +32,8 @@ def start(args: argparse.Namespace, platform: str | None = None) -> tuple[Any, A
     from mllm_jax.launch import runtime
 
     name = getattr(args, "layout", "auto")
-    pretended = re.match(r"cpu-(\d+)(?:x(\d+))?", name)      # of slices: cpu-4x2
-    devices = int(pretended[1]) * int(pretended[2] or 1) if pretended else 1
-    running = runtime.start("cpu" if pretended else platform, verbose=args.verbose, cpu_devices=devices)
+    devices = runtime.pretended_devices(name)
+    running = runtime.start("cpu" if devices else platform, verbose=args.verbose, cpu_devices=devices or 1)
 
     import jax
 

@@ -80,7 +80,7 @@ th, td { padding: .34rem .8rem .34rem 0; border-bottom: 1px solid var(--line); }
 .numbers th.share, .numbers td.share { text-align: left; padding-left: 1.6rem; } td.share { min-width: 11rem; }
 td.share span { display: block; padding: .05rem .4rem; border-radius: 3px;
   background: linear-gradient(to right, var(--tint) var(--part), transparent var(--part)); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .9rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .9rem; }
 figure { margin: 0; padding: .8rem .9rem .5rem; } figcaption { display: flex; justify-content: space-between; gap: .6rem; align-items: baseline; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .raw { stroke: var(--main); opacity: .3; } svg .line { stroke: var(--main); stroke-width: 1.8; }

@@ -4,7 +4,8 @@ import pytest
 
 from mllm_jax.config import ConfigError
 from mllm_jax.launch.chips import CHIPS, chips_of, shape_of
-from mllm_jax.launch.layouts import LAYOUTS, auto, find, machine, pretended_devices
+from mllm_jax.launch.layouts import LAYOUTS, auto, find, machine
+from mllm_jax.launch.runtime import pretended_devices
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -39,4 +40,5 @@ def test_a_mistake_names_the_nearest(name, says):
 
 
 def test_only_cpu_layouts_pretend_devices():
-    assert [pretended_devices(n) for n in ("cpu-8", "cpu-4x2:remat=full", "cpu-8-experts", "v5e-8", "auto")] == [8, 8, 8, 1, 1]
+    assert {n: pretended_devices(n) for n in LAYOUTS} == {n: m.chips * m.slices * (m.chip == "cpu") for n in LAYOUTS for m in [machine(n)]}
+    assert [pretended_devices(n) for n in ("cpu-8", "cpu-4x2:remat=full", "cpu-8-experts", "v5e-8", "auto")] == [8, 8, 8, 0, 0]
