@@ -30,7 +30,7 @@ LAYOUTS = {
     "data": Layout(mesh={"data": 8}),
     "fsdp": Layout(mesh={"fsdp": 8}),
     "tensor": Layout(mesh={"tensor": 2}),
-    "data-fsdp-tensor": Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2}),
+    "two slices of fsdp-tensor": Layout(mesh={"data": 1, "fsdp": 2, "tensor": 2}, slices=2),
     "fsdp-tensor, 2 microbatches": Layout(mesh={"fsdp": 4, "tensor": 2}, microbatches=2),
     "4 microbatches": Layout(mesh={"data": 1}, microbatches=4),
     "rematerialized": Layout(mesh={"data": 1}, remat="full"),
@@ -43,14 +43,14 @@ RECIPES = ("resolution/llava_onevision",        # tiles, marks, means of tokens
            "resampler/flamingo",                # tokens beside the row, rows of added tokens
            "experts/mm1")                       # convolutions over the patches of tiles
 CASES |= {name: (lambda name=name: load(name).tiny().model, {"lm": NextToken()}) for name in RECIPES}
-PAIRS = [(case, layout) for case in CASES for layout in (("data-fsdp-tensor",) if case in RECIPES else LAYOUTS)]
+PAIRS = [(case, layout) for case in CASES for layout in (("two slices of fsdp-tensor",) if case in RECIPES else LAYOUTS)]
 ONE = Layout(mesh={"data": 1})
 
 
 def gradients(case: str, layout: Layout) -> tuple[dict, dict]:
     """(gradients, scores) of one step, as numpy, under this layout."""
     make, objectives = CASES[case]
-    mesh = layout.make_mesh(jax.devices()[: int(np.prod(list(layout.mesh.values())))])
+    mesh = layout.make_mesh(jax.devices()[: layout.slices * int(np.prod(list(layout.mesh.values())))])
     with sharding.use(layout, mesh):
         blueprint = Blueprint(make(), layout, mesh)
         params = blueprint.init(0)
