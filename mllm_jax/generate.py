@@ -25,7 +25,7 @@ from mllm_jax.data.tokenize import encode_prompt
 from mllm_jax.hosts import gather, is_writer, local_rows
 from mllm_jax.models.mllm import Entering, MLLMConfig
 from mllm_jax.nn.param import Params, axes_of, merge, split
-from mllm_jax.sharding import Layout, constrain, host_share, put_rows, row_shards, sharding_of, use
+from mllm_jax.sharding import Layout, constrain, host_share, put_rows, row_shards, sharding_of_parameter, use
 from mllm_jax.sharding import rows as by_rows
 from mllm_jax.types import Batch, Example, record
 
@@ -249,6 +249,6 @@ def place(params: Mapping[str, Any], module: nnx.Module, layout: Layout, mesh: M
         if isinstance(x, jax.Array) and set(x.sharding.device_set) == devices:
             return x
         host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, sharding_of(axes[path], host.shape, layout, mesh), lambda i: host[i])
+        return jax.make_array_from_callback(host.shape, sharding_of_parameter(axes[path], host.shape, layout, mesh), lambda i: host[i])
 
     return {path: put(path, x) for path, x in params.items()}

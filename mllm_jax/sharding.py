@@ -28,6 +28,8 @@ FSDP_TENSOR: Rules = {
     "batch": BATCH_AXES,
     "embed": ("fsdp", "expert"), "expert": "expert", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor",
 }
+PARAMETER_AXES = ("embed", "expert", "mlp", "heads", "kv_heads", "vocab")
+LARGE = 1 << 18                         # numbers of a parameter on one device, 1 MiB, from which on every axis splits it
 
 
 @config
@@ -144,6 +146,36 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, mes
 
 def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(axes, shape, layout.rules, mesh))
+
+
+def splitting(rules: Rules, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that split parameters."""
+    wanted = (rules.get(name) or () for name in PARAMETER_AXES)
+    each = dict.fromkeys(a for w in wanted for a in ((w,) if isinstance(w, str) else w))
+    return tuple(a for a in each if mesh.shape.get(a, 1) > 1)
+
+
+def parameter_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+    """Partition of a parameter: as its axes are named, and a large one by every mesh axis that can.
+
+    Where the named dimensions leave an axis of the mesh unused (32,001 tokens over two chips, a matrix without the width
+    of the model), it splits the largest one that it divides.  Whoever uses the parameter gathers it.
+    """
+    parts = [() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in spec(axes, shape, rules, mesh)]
+    local = [n // math.prod(mesh.shape[a] for a in p) for n, p in zip(shape, parts)]
+    names = [None] * (len(shape) - len(axes)) + [name or "" for name in axes]
+    for axis in splitting(rules, mesh):
+        fits = [k for k, n in enumerate(local) if names[k] not in (None, "layers") and n % mesh.shape[axis] == 0]
+        if any(axis in p for p in parts) or math.prod(local) < LARGE or not fits:
+            continue
+        k = max(fits, key=lambda k: local[k])
+        parts[k] += (axis,)
+        local[k] //= mesh.shape[axis]
+    return PartitionSpec(*(None if not p else p[0] if len(p) == 1 else p for p in parts))
+
+
+def sharding_of_parameter(axes: tuple[str | None, ...], shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(axes, shape, layout.rules, mesh))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

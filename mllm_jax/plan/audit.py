@@ -13,7 +13,7 @@ import numpy as np
 from mllm_jax.plan.hlo import COLLECTIVES, HBM, Hlo, Instruction
 from mllm_jax.plan.network import Network
 from mllm_jax.plan.program import Program
-from mllm_jax.sharding import BATCH_AXES
+from mllm_jax.sharding import BATCH_AXES, splitting
 from mllm_jax.types import record
 
 LARGE = 1 << 20                         # bytes on each chip below which nothing is said
@@ -39,19 +39,18 @@ def replicated(program: Program, hlo: Hlo | None, network: Network | None, large
 
 
 def of_state(program: Program, large: int = LARGE) -> Iterator[Replicated]:
-    """A leaf counts where some dimension of it would divide over the axis."""
-    mesh, rules = program.mesh, program.layout.rules
-    shards = {a for name, wanted in rules.items() if name != "batch" for a in ((wanted,) if isinstance(wanted, str) else wanted or ())}
-    state = program.state
+    """A leaf counts where some dimension of it that is not one of layers would divide over the axis."""
+    mesh, state, blueprint = program.mesh, program.state, program.blueprint
     for what, tree in (("parameter", (state.params, state.frozen)), ("optimizer", (state.opt_state, state.ema))):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             local = leaf.sharding.shard_shape(leaf.shape)
             size = math.prod(local) * jax.numpy.dtype(leaf.dtype).itemsize
             used = {a for part in leaf.sharding.spec for a in ((part,) if isinstance(part, str) else part or ())}
-            whole = tuple(a for a, n in mesh.shape.items() if n > 1 and a in shards - used and any(d % n == 0 for d in local))
+            name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey) and k.key in blueprint.axes), "")
+            layers = len(blueprint.shapes[name].shape) - len(blueprint.axes[name]) if name else 0
+            whole = tuple(a for a in splitting(program.layout.rules, mesh) if a not in used and any(d % mesh.shape[a] == 0 for d in local[layers:]))
             if size >= large and whole:
-                names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-                yield Replicated(what=what, name=str(names[-1]) if names else jax.tree_util.keystr(path), bytes=size, axes=whole,
+                yield Replicated(what=what, name=name or jax.tree_util.keystr(path), bytes=size, axes=whole,
                                  shape=f"{leaf.dtype}[{','.join(map(str, local))}]")
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.config import ConfigError, nearest
 from mllm_jax.nn.param import Params, axes_of, split
-from mllm_jax.sharding import Layout, sharding_of
+from mllm_jax.sharding import Layout, sharding_of_parameter
 from mllm_jax.types import struct
 
 
@@ -42,7 +42,7 @@ class Blueprint:
         self.graph, shapes = split(module)
         self.axes = axes_of(module)
         self.shapes = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding_of(self.axes[k], v.shape, layout, mesh))
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding_of_parameter(self.axes[k], v.shape, layout, mesh))
             for k, v in shapes.items()
         }
 
@@ -100,13 +100,22 @@ def abstract_state(blueprint: Blueprint, trained: set[str], optimizer: optax.Gra
 
 
 def shardings(tree: Any, blueprint: Blueprint) -> Any:
-    """The sharding of every leaf: that of the parameter it belongs to and has the shape of, or replicated."""
+    """The sharding of every leaf: that of the parameter it belongs to and has the shape of, or replicated.
+
+    A leaf that has a dimension less, as factored moments do, is split as the others of the parameter are.
+    """
     everywhere = NamedSharding(blueprint.mesh, PartitionSpec())
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
         names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in blueprint.shapes]
         known = blueprint.shapes[names[-1]] if names else None
-        return known.sharding if known is not None and known.shape == leaf.shape else everywhere
+        if known is None or known.shape == leaf.shape:
+            return everywhere if known is None else known.sharding
+        for k in reversed(range(len(known.shape))):
+            if (*known.shape[:k], *known.shape[k + 1:]) == leaf.shape:
+                rest = [part for j, part in enumerate(known.sharding.spec) if j != k]
+                return NamedSharding(blueprint.mesh, PartitionSpec(*rest))
+        return everywhere
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

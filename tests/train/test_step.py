@@ -80,6 +80,17 @@ def test_a_layout_changes_neither_loss_nor_gradient(case: str, layout: str, alon
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
+def test_so_does_splitting_parameters_where_their_names_do_not(alone: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Which only large ones are; here all of them, and a norm's scale lies on four devices."""
+    monkeypatch.setattr(sharding, "LARGE", 1)
+    layout = LAYOUTS["data-fsdp-tensor"]
+    assert sharding.parameter_spec(("embed",), (64,), layout.rules, layout.make_mesh()) == jax.P(("fsdp", "tensor"))
+    grads, scores = gradients("mllm", layout)
+    want, want_scores = alone("mllm")
+    assert scores == pytest.approx(want_scores, rel=1e-5)
+    assert all(np.abs(grads[k] - g).max() <= 1e-5 * np.abs(g).max() + 1e-7 for k, g in want.items())
+
+
 def test_frozen_parameters_keep_every_bit_and_cost_no_gradient():
     with sharding.use(ONE, mesh := ONE.make_mesh(jax.devices()[:1])):
         blueprint = Blueprint(llava(), ONE, mesh)
