@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from mllm_jax.train.ledger import Ledger
+from mllm_jax.train.ledger import Ledger, duration
 from mllm_jax.types import Mean
 
 LINES = 4                               # lines of progress where no terminal redraws one
@@ -233,11 +233,3 @@ def counter(title: str, stream: TextIO | None = None) -> Callable[[str, int, int
             stream.flush()
 
     return count
-
-
-def duration(seconds: float) -> str:
-    """"45 s", "3:20" (minutes), "2:05:00"."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    return f"{s // 60}:{s % 60:02d}" if s < 3600 else f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"

@@ -71,6 +71,7 @@ def _train(run: Run) -> dict[str, Any]:
         (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         run.ledger.write()              # the report reads it
         write_report(options.out)
+        print(run.ledger.line(), flush=True)
     return metrics
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -266,3 +267,12 @@ def test_what_no_cluster_would_take_is_one_line(change, says):
     check(job())
     with pytest.raises(ConfigError, match=says):
         check(replace(job(), **change))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "pods").glob("*.md")), ids=lambda p: p.name)
+def test_commands_of_google_on_a_page_are_in_the_reference(page):
+    blocks = re.findall(r"^```text\n(.*?)^```", page.read_text().replace("\\\n", " "), re.M | re.S)
+    found = [shlex.split(c) for c in re.findall(r"^gcloud .*?(?=&&|$)|(?<=&& )gcloud .*?(?=&&|$)", "\n".join(blocks), re.M)]
+    found = [words[: words.index("#")] if "#" in words else words for words in found]
+    assert not [fault for words in found for fault in gcloud_faults(words[1:])]
+    assert found or page.name in ("README.md", "slurm.md")

@@ -39,6 +39,7 @@ def test_every_second_has_one_cause(clock):
     clock.now += 8.5
     summary = it.summary()
     assert {k: v for k, v in summary["seconds"].items() if v} == {"start": 4, "compile": 7, "save": 0.5, "step": 8.5}
+    assert it.line() == "goodput 42 % of 20 s: step 8 s, compile 7 s, start 4 s, save 0 s"
     assert set(summary["seconds"]) == set(CAUSES) and it.up == 20 and summary["goodput"] == 0.425
 
 
