@@ -60,6 +60,7 @@ class Data:
     seq_len: int                        # positions of a row
     template: str = "plain"             # chat format, a name of data/templates.py; "tokenizer": the tokenizer's own
     items: Mapping[str, int] = field(default_factory=dict)   # modality -> room of a row: tiles, or patches if packed; default: one medium
+    trained: int | None = None          # most trained positions of a row: logits are computed of so many.  None: any number, of all
     pack: bool = True                   # several examples in a row; pairs (contrastive) are never packed
     overlong: str = "raise"             # an example longer than a row: "raise", "drop", or "truncate" its text at the end
     on_bad_example: str = "raise"       # an example that cannot be read: "raise" or "skip" (counted)
@@ -119,6 +120,7 @@ def _tiny_stage(stage: Stage, model: Any) -> Stage:
     # Bytes are tokens in a tiny recipe, and a system prompt alone has 150 of them; a caption of pairs is cut.
     seq_len = 320 if hasattr(model, "decoder") else stage.data.seq_len
     items = {m: min(n, 4 * model.tiny().inputs[m].room) for m, n in stage.data.items.items()}
-    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len, items=items)
+    data = replace(stage.data, sources=here or {"shapes": 1.0}, batch_size=8, seq_len=seq_len, items=items,
+                   trained=stage.data.trained and seq_len)
     return replace(stage, model=stage.model and stage.model.tiny(), steps=20, data=data, weights=local,
                    evals={name: task.tiny() for name, task in stage.evals.items()})

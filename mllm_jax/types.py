@@ -190,6 +190,7 @@ class Batch:
     positions: jax.Array                # i32[b s 3]     (time, row, column); all equal for text
     kinds: jax.Array                    # i32[b s]       see KINDS
     blocks: jax.Array | None = None     # i32[b s]
+    trained: jax.Array | None = None    # i32[b n]       positions with a weight, -1 behind the last; None: any may have one
     media: dict[str, Media] = field(default_factory=dict)
     draws: jax.Array | None = None      # u32[b]         random bits for a model that draws, such as negatives for each row
 

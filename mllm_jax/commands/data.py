@@ -83,7 +83,7 @@ def run_stats(args: argparse.Namespace) -> int:
         for source, weight in data.sources.items() if weight > 0
     ]  # fmt: skip
     pad = tokenizer.pad_token_id
-    for line in report(measured, towers, seq_len=data.seq_len, items=data.items, pad=pad):
+    for line in report(measured, towers, seq_len=data.seq_len, items=data.items, pad=pad, trained=data.trained):
         print(line)
     return 0
 

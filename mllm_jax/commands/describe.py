@@ -74,7 +74,7 @@ def describe(name: str, recipe: Any, stage: str | None = None) -> Iterator[str]:
     yield ""
     yield from table(parameters(stages), indent=" ", right=range(1, 2 + len(stages)))
     yield ""
-    yield "Work and memory of a step, when every row is full and every position is trained"
+    yield "Work and memory of a step, when every row is full and every position is trained that may be"
     yield ""
     yield from table(work(stages), indent=" ", right=range(1, 1 + len(stages)))
     yield ""
@@ -114,7 +114,7 @@ class Planned:
         self.state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         self.state_bytes += 4 * self.trained_size if stage.ema is not None else 0
         self.rows, self.seq = stage.data.batch_size, stage.data.seq_len
-        self.spec = row_spec(self.seq, stage.data.items, self.towers, 0)
+        self.spec = row_spec(self.seq, stage.data.items, self.towers, 0, stage.data.trained)
         self.items = {m: room.items for m, room in self.spec.media.items()}
         self.ways = {WAYS.get(kind) or kind or m: way for m, t in self.towers.items() for kind, way in t.kinds.items()}
         self.tokens = {label: tokens_of(way, way.nominal) for label, way in self.ways.items()}
@@ -241,7 +241,8 @@ def line(recipe: Any, p: Planned) -> Iterator[tuple[str, ...]]:
             elif objective.whole:
                 what = f"{p.rows} x {p.rows} similarities; every other row is a negative"
             else:
-                what = f"over {out.unembed.shape[1]} tokens, only where trained, a chunk of positions at a time"
+                which = "only where trained" if (n := stage.data.trained) is None else f"at the trained positions of a row, up to {n}"
+                what = f"over {out.unembed.shape[1]} tokens, {which}, a chunk of positions at a time"
             yield "", type(objective).__name__, "total, count", f"{name}/loss: {what}"
     trained = {k: v for k, v in p.blueprint.shapes.items() if k in p.trained}
     yield "", type(stage.optimizer).__name__, f"{len(trained)} arrays", f"train_step: lr {stage.optimizer.lr:g}, {stage.steps} steps"

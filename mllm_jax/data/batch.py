@@ -112,8 +112,15 @@ def collate(rows: list[Row], decoded: list[list[Decoded]], spec: RowSpec) -> Bat
         positions=stack("positions"),
         kinds=stack("kinds"),
         blocks=stack("blocks") if spec.blocks else None,
+        trained=None if spec.trained is None else np.stack([_trained(row.weights, spec.trained) for row in rows]),
         media=media,
     )
+
+
+def _trained(weights: np.ndarray, n: int) -> np.ndarray:
+    """Positions i32[n] with a weight, then -1."""
+    there = np.flatnonzero(weights)
+    return np.pad(there, (0, n - len(there)), constant_values=-1).astype(np.int32)
 
 
 def _media(rows: int, room: MediaSpec, *, full: Callable = np.full, **arrays: np.ndarray | None) -> Media:
@@ -138,7 +145,8 @@ def blank_batch(rows: int, spec: RowSpec) -> Batch:
                          mix=each(4, dtype=np.float32) if room.taps else None)
         for modality, room in spec.media.items()}
     return Batch(tokens=each(), targets=each(), weights=each(dtype=np.float32), segments=each(), positions=each(3), kinds=each(),
-                 blocks=each() if spec.blocks else None, media=media)
+                 blocks=each() if spec.blocks else None, trained=None if spec.trained is None else full((rows, spec.trained), -1, np.int32),
+                 media=media)
 
 
 def describe(rows: list[Row]) -> BatchInfo:

@@ -16,6 +16,7 @@ REASONS = {
     "empty_answer": "remove the turn: there is nothing to learn from it",
     "no_trained": "no token would enter the loss; check the template and the weights of the turns",
     "overlong": "raise data.seq_len, or set data.overlong to 'drop' or 'truncate'",
+    "overtrained": "raise data.trained, or set data.overlong to 'drop' or 'truncate'",
     "too_many_items": "raise data.items, or remove the record",
     "no_text": "remove the record, or name the caption column that it has",
     "malformed": "mend the record: it does not follow the format",

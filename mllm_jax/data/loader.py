@@ -94,7 +94,7 @@ class Loader:
         self.rows, self.mine, self.shards, self.exact = rows, tuple(range(rows) if mine is None else mine), shards, exact
         self.seed = f"{seed}/{data.seed}"
         self.template = Template(data.template, tokenizer)
-        self.spec = row_spec(data.seq_len, data.items, towers, tokenizer.pad_token_id)
+        self.spec = row_spec(data.seq_len, data.items, towers, tokenizer.pad_token_id, data.trained)
         self.sources = {name: open(name, root) for name in weights}
         self.weights = weights
         for name, source in self.sources.items():
@@ -313,12 +313,13 @@ class _Entries:
                 overlong=self.overlong,
                 reduction=self.reduction,
                 max_len=self.spec.seq_len,
+                max_trained=self.spec.trained,
                 rng=rng_for(self.seed, example.id, epoch) if len(example.captions) > 1 else None,
             )
             self.spec.check(sequence)
             return Entry(sequence=replace(sequence, source=self.name), epoch=epoch)
         except BadExample as error:
-            big = error.reason in ("overlong", "too_many_items")
+            big = error.reason in ("overlong", "overtrained", "too_many_items")
             return _Dropped(source=self.name, error=error.of(str(record)), tolerated=big and self.overlong == "drop")
 
     def _order(self, epoch: int, k: int) -> int:

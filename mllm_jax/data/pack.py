@@ -1,7 +1,7 @@
 """Sequences -> rows of fixed length, several in a row, each with its media.
 
 Sequences are gathered until they are worth some 32 rows, and packed together, the largest first, each into the first
-row with room for its positions and its media.  The rows come out in the order of arrival.  The state is therefore
+row with room for its positions, its trained positions and its media.  The rows come out in the order of arrival.  The state is therefore
 small and exact: where the group began, and how many of its rows are out.  Restoring packs one group again, which is
 cheap, because media are still encoded bytes or paths.
 
@@ -21,6 +21,8 @@ from mllm_jax.config import ConfigError
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.layouts import MARK, alone
 from mllm_jax.types import Grid, Item, Sequence, record
+
+TRAINED = "trained positions"           # beside the names of modalities
 
 
 @record
@@ -62,12 +64,15 @@ class RowSpec:
     seq_len: int
     pad: int                            # id at padding
     media: Mapping[str, MediaSpec]
+    trained: int | None = None          # most positions with a weight, Data.trained
     blocks: bool = False                # rows say who sees whom, because attention is not causal
 
     def check(self, sequence: Sequence) -> None:
         """Raises BadExample if the sequence does not fit into an empty row of this shape."""
         if len(sequence) > self.seq_len:
             raise BadExample(sequence.id, "overlong", f"{len(sequence)} positions for a row of {self.seq_len}")
+        if self.trained is not None and (count := trained(sequence)) > self.trained:
+            raise BadExample(sequence.id, "overtrained", f"{count} trained positions for a row of data.trained={self.trained}")
         for modality, count in rooms(sequence).items():
             spec, items = self.media[modality], [item for item in sequence.items if item.modality == modality]
             if count > spec.items:
@@ -82,12 +87,14 @@ def unit(modality: str, tower: Any) -> str:
     return f"{modality} patches" if tower.view.packed else f"{modality} tiles" if tower.room > 1 else f"{modality}s"
 
 
-def row_spec(seq_len: int, items: Mapping[str, int], towers: Mapping[str, Any], pad: int) -> RowSpec:
+def row_spec(seq_len: int, items: Mapping[str, int], towers: Mapping[str, Any], pad: int, trained: int | None = None) -> RowSpec:
     """The shape of rows for a model with these towers; an input that `items` does not name has room for one medium.
 
     Raises:
-      ConfigError: `items` names an input that the model does not have.
+      ConfigError: `items` names an input that the model does not have, or `trained` is no part of a row.
     """
+    if trained is not None and not 1 <= trained <= seq_len:
+        raise ConfigError(f"data.trained is {trained}; it counts positions of a row, which has {seq_len}: choose 1 to {seq_len}, or None for all")
     if unknown := set(items) - set(towers):
         raise ConfigError(f"data.items names {', '.join(sorted(unknown))}; the model takes: {', '.join(towers) or 'text only'}")
     media = {}
@@ -103,7 +110,7 @@ def row_spec(seq_len: int, items: Mapping[str, int], towers: Mapping[str, Any], 
         else:
             media[modality] = MediaSpec(items=room, grid=patches, num_tokens=tokens, **common)
     blocks = any(way.sees != "causal" for tower in towers.values() for way in tower.kinds.values())
-    return RowSpec(seq_len=seq_len, pad=pad, media=media, blocks=blocks)
+    return RowSpec(seq_len=seq_len, pad=pad, media=media, trained=trained, blocks=blocks)
 
 
 @record
@@ -158,6 +165,7 @@ class Packer(Iterator[Row]):
     def __init__(self, entries: Iterator[Entry], spec: RowSpec, *, pack: bool = True, rows: int = 32):
         self.entries, self.spec, self.pack, self.size = entries, spec, pack, rows
         self._limit = {"": spec.seq_len} | {m: s.items for m, s in spec.media.items()}
+        self._limit |= {} if spec.trained is None else {TRAINED: spec.trained}
         self._begin(self._where())
 
     def __next__(self) -> Row:
@@ -206,7 +214,7 @@ class Packer(Iterator[Row]):
         gathered: list[tuple[float, int, Entry]] = []
         total: dict[str, int] = {}
         while self._part(total) < self.size and (entry := self._read()) is not None:
-            need = _need(entry.sequence)
+            need = _need(entry.sequence, self._limit)
             total = {k: total.get(k, 0) + need.get(k, 0) for k in total | need}
             gathered.append((-self._part(need), len(gathered), entry))
         if not gathered:
@@ -238,7 +246,7 @@ class _Rows:
 
     def put(self, order: int, entry: Entry, *, grow: bool) -> bool:
         """Whether the entry found a place: the first row with room, or a new one if the rows may grow."""
-        need = _need(entry.sequence)
+        need = _need(entry.sequence, self.limit)
         fits = (i for i, left in enumerate(self.room) if all(left[k] >= n for k, n in need.items()))
         place = next(fits, len(self.rows))
         if place == len(self.rows):
@@ -324,9 +332,14 @@ def _moved(slot: np.ndarray, base: int, marks: int) -> np.ndarray:
     return np.where(slot >= 0, slot + base, np.where(slot <= MARK, marks + MARK - slot, -1))
 
 
-def _need(sequence: Sequence) -> dict[str, int]:
-    """What a sequence takes of a row: positions under "", and room of media."""
-    return {"": len(sequence)} | rooms(sequence)
+def _need(sequence: Sequence, limit: Mapping[str, int]) -> dict[str, int]:
+    """What a sequence takes of a row: positions under "", those that are trained where they are limited, and room of media."""
+    return {"": len(sequence)} | ({TRAINED: trained(sequence)} if TRAINED in limit else {}) | rooms(sequence)
+
+
+def trained(sequence: Sequence) -> int:
+    """Positions with a weight."""
+    return int(np.count_nonzero(sequence.weights))
 
 
 def rooms(sequence: Sequence) -> dict[str, int]:

@@ -6,19 +6,21 @@ packing them: an estimate from mean lengths is wrong where it matters, at the lo
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any
 
 import numpy as np
 
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.pack import RowSpec, pack, rooms, row_spec, unit
+from mllm_jax.data.pack import trained as trained_of
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode
 from mllm_jax.types import Sequence, record
 
 LENGTHS = (64, 77, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
 MOST_DROPPED = 0.03
+MOST_FULL, ROUND = 0.99, 64             # what a limit of trained positions may cost, and of what it is a multiple
 _WIDTH = 44                             # characters of the longest bar
 
 
@@ -65,7 +67,8 @@ def measure(
 
 
 def report(
-    measured: list[Measured], towers: Mapping[str, Any], *, seq_len: int, items: Mapping[str, int], pad: int
+    measured: list[Measured], towers: Mapping[str, Any], *, seq_len: int, items: Mapping[str, int], pad: int,
+    trained: int | None = None,
 ) -> Iterator[str]:
     """Lines of text: histograms for each source, then what rows would hold, then a recommendation."""
     for one in measured:
@@ -75,8 +78,7 @@ def report(
         if not one.sequences:
             continue
         yield from histogram("positions of an example", [len(s) for s in one.sequences])
-        trained = sum(int(np.count_nonzero(s.weights)) for s in one.sequences)
-        yield f"  trained: {trained / sum(len(s) for s in one.sequences):.1%} of the positions"
+        yield f"  trained: {sum(map(trained_of, one.sequences)) / sum(len(s) for s in one.sequences):.1%} of the positions"
         for modality, tower in towers.items():
             yield from histogram(f"{unit(modality, tower)} of an example", _rooms(one.sequences, modality), whole=not tower.view.packed)
         if one.sizes:
@@ -96,13 +98,14 @@ def report(
     yield f"Rows of the mixture ({len(sample)} examples, packed):"
     yield f"  {'seq_len':>8} {'media':>12} {'dropped':>8} {'filled':>8} {'examples a row':>15}"
     specs = {f"{n}": row_spec(n, _room_for(sample, n, towers), towers, pad) for n in _around(advice[0])}
-    specs[f"now {seq_len}"] = row_spec(seq_len, items, towers, pad)
+    specs[f"now {seq_len}"] = row_spec(seq_len, items, towers, pad, trained)
     for label, spec in specs.items():
         dropped, filled, each = fill(sample, spec)
         media = " ".join(f"{m}={s.items}" for m, s in spec.media.items()) or "none"
         yield f"  {label:>8} {media:>12} {dropped:>8.1%} {filled:>8.1%} {each:>15.1f}"
     room = "".join(f" data.items.{m}={n}" for m, n in advice[1].items())
-    yield f"Recommended: data.seq_len={advice[0]}{room}"
+    most = recommend_trained(sample, row_spec(*advice, towers, pad))
+    yield f"Recommended: data.seq_len={advice[0]}{room}" + (f" data.trained={most}" if most else "")
 
 
 def recommend(sequences: Iterable[Sequence], towers: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
@@ -126,20 +129,40 @@ def recommend(sequences: Iterable[Sequence], towers: Mapping[str, Any]) -> tuple
     return best[1], best[2]
 
 
+def recommend_trained(sequences: Iterable[Sequence], spec: RowSpec) -> int | None:
+    """The most trained positions of a row: as many as nearly every row has, if rows of them alone are filled as well.
+
+    None where that is no less than three quarters of a row: then nothing is saved by a limit.
+    """
+    sequences = [s for s in sequences if _fits(s, spec)]
+    counts = [int(np.count_nonzero(row.weights)) for row in pack(sequences, spec)]
+    filled = fill(sequences, spec)[1]
+    for part in (0.9, 0.97, 1.0):
+        most = -(-int(np.quantile(counts, part, method="higher")) // ROUND) * ROUND
+        dropped, full, _ = fill(sequences, replace(spec, trained=min(most, spec.seq_len)))
+        if dropped <= 1 - MOST_FULL and full >= filled * MOST_FULL:
+            return most if most <= 0.75 * spec.seq_len else None
+    return None
+
+
 def fill(sequences: Iterable[Sequence], spec: RowSpec) -> tuple[float, float, float]:
     """(part of the sequences that does not fit a row, part of the positions that is filled, examples of a row)."""
-    fitting, dropped = [], 0
-    for sequence in sequences:
-        try:
-            spec.check(sequence)
-            fitting.append(sequence)
-        except BadExample:
-            dropped += 1
+    sequences = list(sequences)
+    fitting = [s for s in sequences if _fits(s, spec)]
+    dropped = len(sequences) - len(fitting)
     rows = list(pack(fitting, spec))
     if not rows:
         return 1.0, 0.0, 0.0
     real = sum(len(s) for s in fitting)
     return dropped / (dropped + len(fitting)), real / (len(rows) * spec.seq_len), len(fitting) / len(rows)
+
+
+def _fits(sequence: Sequence, spec: RowSpec) -> bool:
+    try:
+        spec.check(sequence)
+    except BadExample:
+        return False
+    return True
 
 
 def mixed(measured: list[Measured]) -> list[Sequence]:

@@ -34,6 +34,7 @@ def encode(
     towers: Mapping[str, Any],
     overlong: str = "raise",
     max_len: int | None = None,
+    max_trained: int | None = None,
     rng: np.random.Generator | None = None,
     reduction: str = "token",
 ) -> Sequence:
@@ -41,7 +42,8 @@ def encode(
 
     Args:
       towers: input of the model -> its models.tower.TowerConfig.
-      overlong: of more than `max_len` positions: "truncate" cuts text at the end; else it is a bad example.
+      overlong: of more than `max_len` positions, or with a weight on more than `max_trained`: "truncate" cuts text at the end; else it is
+        a bad example (the second one where it is put into a row).
       rng: chooses one of several captions; None takes the first.
       reduction: how much the example counts in the loss: "token" as its tokens, "example" as any other (PaliGemma), "root" as the root
         of how many tokens it has (InternVL).
@@ -62,7 +64,7 @@ def encode(
             _check(turns)
             entries = plan(example, _media(turns), template, towers, said(turns))
             ids, weights = template.turns(turns, media=[entry.stand for entry in entries])
-        sequence = _fit(*expand(example, ids, weights, entries, template, towers), max_len, overlong)
+        sequence = _fit(*expand(example, ids, weights, entries, template, towers), max_len, overlong, max_trained)
         if not sequence.weights.any():
             detail = f"none of {len(sequence)} tokens has a weight under the template {template.name!r}"
             raise BadExample("", "no_trained", detail)
@@ -102,8 +104,10 @@ def encode_prompt(
         raise error.of(example.id) from error.__cause__
 
 
-def _fit(sequence: Sequence, end: int, max_len: int | None, overlong: str) -> Sequence:
+def _fit(sequence: Sequence, end: int, max_len: int | None, overlong: str, max_trained: int | None = None) -> Sequence:
     """The sequence, cut behind the media, which end at `end`, if it is too long and may be."""
+    if max_trained is not None and overlong == "truncate" and len(there := np.flatnonzero(sequence.weights)) > max_trained:
+        max_len = min(len(sequence) if max_len is None else max_len, int(there[max_trained]))
     if max_len is None or len(sequence) <= max_len:
         return sequence
     if overlong != "truncate":

@@ -1,8 +1,9 @@
 """Cross-entropy straight from hidden states: work and memory only for positions that count.
 
-A [batch, sequence, vocabulary] array of floats never exists.  In each row the positions with a weight
-are brought to the front, and a loop takes them a few columns at a time for as long as any row has some
-left: in instruction tuning, where 15-30 % of the positions are trained, the other 70-85 % cost nothing.
+A [batch, sequence, vocabulary] array of floats never exists.  On a CPU the positions with a weight are brought to the front of
+each row, and a loop takes them a few columns at a time for as long as any row has some left: in instruction tuning, where
+15-30 % of the positions are trained, the other 70-85 % cost nothing.  On accelerators the loop takes all that it is given, a
+number that a plan can count with; `Data.trained` says how many that is.
 
 The gradient is made in the same pass, while the logits of a chunk are at hand: three matmuls instead of
 the four of a rematerialized loss (after the fused linear cross-entropy of Liger, arXiv:2410.10989, and
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.objectives import split_vocabulary
-from mllm_jax.sharding import constrain, row_shards
+from mllm_jax.sharding import constrain, platform, row_shards
 from mllm_jax.types import struct
 
 CHUNK_FLOATS = 1 << 24                  # logits of one chunk on one device: 64 MiB in float32
@@ -129,11 +130,12 @@ def _loop(options, hidden, unembed, targets, weights, want_hidden: bool, want_un
     v = unembed.shape[1]
     z_loss, smoothing = options
     size = chunk_size(b, s, v)
-    order = jnp.argsort(weights == 0, axis=1, stable=True)                  # positions that count come first
-    take = lambda x: jnp.pad(
-        jnp.take_along_axis(x, order.reshape(b, s, *(1,) * (x.ndim - 2)), axis=1), ((0, 0), (0, -s % size)) + ((0, 0),) * (x.ndim - 2))
+    some = platform() == "cpu"                                              # work for the positions that count, not for all
+    order = jnp.argsort(weights == 0, axis=1, stable=True) if some else None
+    first = lambda x: jnp.take_along_axis(x, order.reshape(b, s, *(1,) * (x.ndim - 2)), axis=1) if some else x
+    take = lambda x: jnp.pad(first(x), ((0, 0), (0, -s % size)) + ((0, 0),) * (x.ndim - 2))
     x, y, w = take(hidden), take(targets), take(weights.astype(jnp.float32))
-    chunks = (jnp.max(jnp.sum(weights != 0, axis=1)) + size - 1) // size
+    chunks = ((jnp.max(jnp.sum(weights != 0, axis=1)) if some else s) + size - 1) // size
     # Each group of rows sums the gradient of the matrix for itself; they are added once, after the loop.
     groups = row_shards() if b % row_shards() == 0 else 1
     grouped = lambda a: constrain(a.reshape(groups, -1, a.shape[-1]), "batch row_seq vocab")
@@ -168,8 +170,8 @@ def _loop(options, hidden, unembed, targets, weights, want_hidden: bool, want_un
     dm = constrain(jnp.zeros((groups, d, v), jnp.float32), "batch embed_act vocab") if want_unembed else None
     sums, dx, dm = jax.lax.fori_loop(0, chunks, body, ((zero,) * 3, dx, dm))
     if want_hidden:
-        back = jnp.argsort(order, axis=1)
-        dx = jnp.take_along_axis(dx[:, :s], back[..., None], axis=1)
+        dx = dx[:, :s]
+        dx = jnp.take_along_axis(dx, jnp.argsort(order, axis=1)[..., None], axis=1) if some else dx
     if want_unembed:
         dm = jnp.sum(dm, axis=0).astype(unembed.dtype)
     return sums, dx, dm

@@ -27,7 +27,11 @@ class NextToken(Uncorrupted):
 
     def score(self, out: Outputs, batch: Batch) -> dict[str, Mean]:
         weights = batch.weights if self.kind is None else batch.weights * (batch.kinds == self.kind)
-        sums = cross_entropy(out.hidden, out.unembed, batch.targets, weights, self.z_loss, self.smoothing)
+        hidden, targets = out.hidden, batch.targets
+        if batch.trained is not None:
+            at = lambda x: jnp.take_along_axis(x, jnp.maximum(batch.trained, 0).reshape(*batch.trained.shape, *(1,) * (x.ndim - 2)), axis=1)
+            hidden, targets, weights = at(hidden), at(targets), jnp.where(batch.trained < 0, 0.0, at(weights))
+        sums = cross_entropy(hidden, out.unembed, targets, weights, self.z_loss, self.smoothing)
         count = jnp.sum(weights)
         scores = {"loss": Mean(total=sums.loss, count=count), "accuracy": Mean(total=sums.correct, count=count)}
         if self.z_loss or self.smoothing:

@@ -52,9 +52,9 @@ class Counts:
 
 
 def full_counts(rows: int, spec: Any, towers: Mapping[str, Any]) -> Counts:
-    """Of so many rows (pack.RowSpec), each one example that fills it, with all the media it has room for, trained everywhere."""
+    """Of so many rows (pack.RowSpec), each one example that fills it, with all the media it has room for, trained wherever it may be."""
     n, items = rows * spec.seq_len, {m: room.items * rows for m, room in spec.media.items()}
-    return Counts(rows=rows, tokens=n, squares=n * spec.seq_len, trained=n, items=items,
+    return Counts(rows=rows, tokens=n, squares=n * spec.seq_len, trained=rows * (spec.trained or spec.seq_len), items=items,
                   pairs={m: k * prod(towers[m].nominal.grid) for m, k in items.items()})
 
 

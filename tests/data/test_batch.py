@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mllm_jax.connectors.mlp import MLPConfig
-from mllm_jax.data.batch import collate, decode_items, describe, mend, prompt_batch
+from mllm_jax.data.batch import blank_batch, collate, decode_items, describe, mend, prompt_batch
 from mllm_jax.data.errors import BadExample
 from mllm_jax.data.pack import pack, row_spec
 from mllm_jax.data.tokenize import encode, encode_prompt
@@ -83,6 +83,17 @@ def test_decoding_after_packing_equals_decoding_before():
     assert batch.blocks is None
     info = describe(rows)
     assert info.ids == (("a", "b", "c"),) and info.media == {"image": 3} and not info.frames
+
+
+def test_a_batch_says_where_it_is_trained():
+    spec = row_spec(64, {"image": 3}, TOWERS, TOKENIZER.pad_token_id, 9)
+    rows = list(pack((encode(e, **MODEL) for e in (example("a", "red"), example("b"))), spec))
+    batch = collate(rows, [decode_items(row.media, TOWERS, exact=True) for row in rows], spec)
+    for where, weights in zip(batch.trained, batch.weights, strict=True):
+        there = np.flatnonzero(weights)
+        assert where.tolist() == there.tolist() + [-1] * (9 - len(there)) and 0 < len(there) < 9
+    blank = blank_batch(len(rows), spec)
+    assert (blank.trained.shape, blank.trained.dtype) == (batch.trained.shape, batch.trained.dtype)
 
 
 def test_a_broken_image_takes_only_its_own_example_out_of_the_row():

@@ -72,6 +72,23 @@ def test_packed_rows_hold_every_sequence_once_and_unchanged():
     assert sorted(seen) == sorted(given)
 
 
+def test_a_row_has_no_more_trained_positions_than_it_may():
+    """Packed as well as their number allows, and nothing is lost; an example of too many fits into no row."""
+    rng = np.random.default_rng(1)
+    given = [replace(s, weights=s.weights * (rng.random(len(s)) < 0.5)) for s in sequences(300)]
+    counts = {s.id: np.count_nonzero(s.weights) for s in given}
+    spec = replace(SPEC, trained=14)
+    rows = list(pack((s for s in given if counts[s.id] <= 14), spec, rows=8))
+    each = [sum(counts[e.sequence.id] for e in row.entries) for row in rows]
+    assert each == [np.count_nonzero(row.weights) for row in rows] and max(each) == 14
+    assert sum(len(row.entries) for row in rows) == sum(n <= 14 for n in counts.values())
+    assert max(np.count_nonzero(row.weights) for row in pack(given, SPEC, rows=8)) > 14     # what they would have had
+    with pytest.raises(BadExample, match=r"bad .overtrained.: 15 trained positions for a row of data.trained=14; raise data.trained"):
+        spec.check(next(s for s in given if counts[s.id] == 15))
+    with pytest.raises(ConfigError, match=r"data.trained is 33; it counts positions of a row, which has 32"):
+        row_spec(32, {}, {}, 0, 33)
+
+
 def test_a_packed_segment_equals_the_unpacked_row_of_its_sequence():
     for row in pack(sequences(100), SPEC):
         for segment, entry in enumerate(row.entries, start=1):

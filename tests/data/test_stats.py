@@ -1,11 +1,13 @@
 """The recommendation holds for the data that it was made from."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.data.pack import row_spec
 from mllm_jax.data.sources.shapes import Shapes
-from mllm_jax.data.stats import fill, histogram, measure, mixed, recommend, report
+from mllm_jax.data.stats import fill, histogram, measure, mixed, recommend, recommend_trained, report
 from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.views import Square
@@ -36,6 +38,20 @@ def test_the_recommended_row_drops_little_and_fills_well():
     assert dropped < 0.03 and filled > 0.9
     # Room for a single image in rows of that length would leave them half empty.
     assert fill(sample, row_spec(seq_len, {"image": 1}, TOWERS, 0))[1] < filled - 0.2
+
+
+def test_a_limit_of_trained_positions_costs_nothing_that_shows():
+    """Questions of 60 letters, answers of a few: a limit is advised that leaves rows as full; where all is answer, none is."""
+    question = Part(text="q" * 60)
+    ask = lambda i, n: Example(id=str(i), turns=(
+        Turn(role="user", parts=(question,)), Turn(role="assistant", parts=(Part(text="x" * n),))))
+    sample = list(measured("asked", [ask(i, 1 + i % 17) for i in range(200)]).sequences)
+    spec = row_spec(512, {}, {}, 0)
+    most = recommend_trained(sample, spec)
+    assert 64 <= most <= 128
+    dropped, filled, _ = fill(sample, replace(spec, trained=most))
+    assert dropped == 0 and filled >= 0.99 * fill(sample, spec)[1]
+    assert recommend_trained(list(measured("told", [text(i, 200) for i in range(50)]).sequences), spec) is None
 
 
 def test_a_few_very_long_examples_do_not_decide_the_row():

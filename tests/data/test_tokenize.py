@@ -139,6 +139,8 @@ def test_text_may_be_cut_but_an_image_never():
     long = example("<image>", "?", answer="x" * 50)
     s = go(long, max_len=12, overlong="truncate")
     assert len(s) == 12 and s.targets[-1] == go(long).tokens[12]
+    few = go(long, max_trained=3, overlong="truncate")
+    assert np.count_nonzero(few.weights) == 3 and few.weights[-1] and few.tokens.tolist() == go(long).tokens[: len(few)].tolist()
     with pytest.raises(BadExample, match="58 positions, 4 of them media, for a row of 12.*raise data.seq_len"):
         go(long, max_len=12)
     with pytest.raises(BadExample, match="would cut a medium"):
