@@ -10,7 +10,7 @@ import json
 
 from mllm_jax.config import ConfigError
 from mllm_jax.launch.chips import CHIPS
-from mllm_jax.launch.clusters.job import FINAL, GRACE, MOUNT, Job
+from mllm_jax.launch.clusters.job import FINAL, FUSE, GRACE, MOUNT, Job
 
 TYPES = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 
@@ -32,6 +32,7 @@ def write(job: Job) -> str:
     # Several slices speak over the network of the machines, without the detour through that of the pods.
     direct = "" if slices == 1 else "\n              hostNetwork: true\n              dnsPolicy: ClusterFirstWithHostNet"
     identity = "" if slices == 1 else '\n                    hostNetworkPodKSA: "true"'
+    mount = ",".join(["implicit-dirs", *(f"{group}:{k}:{v}" for group, of in FUSE.items() for k, v in of.items())])
     return f"""\
 # {job.name}: {slices} x {chip} {job.shape} ({chips} chips, {job.hosts} machines each).
 # kubectl apply -f FILE; docs/pods/gke.md is the whole way there and back.
@@ -104,7 +105,7 @@ spec:
                   driver: gcsfuse.csi.storage.gke.io
                   volumeAttributes:
                     bucketName: {json.dumps(job.bucket)}
-                    mountOptions: "implicit-dirs"{identity}
+                    mountOptions: "{mount}"{identity}
               - name: shm               # workers that read data hand their arrays over in it
                 emptyDir:
                   medium: Memory

@@ -16,6 +16,9 @@ FINAL = (1, 2)                          # exit codes that a restart would not me
 AGAIN = 75                              # of a run that was asked to stop, or lost a process: EX_TEMPFAIL of sysexits.h
 GRACE = 300                             # s to save in after SIGTERM; a machine that is taken back may give less
 MOUNT = "/bucket"                       # where the bucket is, inside a container
+# How it is mounted.  A checkpoint is a folder that gets its name when it is whole, and gcsfuse renames none that is not empty unless it may;
+# and what one machine wrote another looks for at once, so nobody may remember that it was not there.
+FUSE = {"file-system": {"rename-dir-limit": 200_000}, "metadata-cache": {"ttl-secs": 0, "negative-ttl-secs": 0}}
 
 
 @config

@@ -9,7 +9,7 @@ again, and the run goes on from its checkpoint.  What surprises: when `watch` it
 import shlex
 
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.clusters.job import FINAL, GRACE, MOUNT, Job
+from mllm_jax.launch.clusters.job import FINAL, FUSE, GRACE, MOUNT, Job
 
 # chip -> (accelerator type, with the number in its name; software of the machine)
 TYPES = {
@@ -39,6 +39,8 @@ def write(job: Job) -> str:
     # TPU machines say who they are in their metadata and not in the environment.
     several = job.hosts * slices > 1
     environment = job.environment | ({"MLLM_JAX_CLUSTER": "tpu"} if several else {})
+    # As flags, groups are a part of the name, but for the oldest one.
+    mount = " ".join(f"--{k if group == 'file-system' else f'{group}-{k}'}={v}" for group, of in FUSE.items() for k, v in of.items())
     given = " \\\n    ".join(f"--env={shlex.quote(f'{k}={v}')}" for k, v in environment.items())
     return f"""\
 #!/usr/bin/env bash
@@ -63,7 +65,7 @@ if ! command -v gcsfuse; then
   apt-get update && apt-get install -y gcsfuse
 fi
 mkdir -p {MOUNT}
-mountpoint -q {MOUNT} || gcsfuse --implicit-dirs -o allow_other {shlex.quote(job.bucket)} {MOUNT} || exit 1
+mountpoint -q {MOUNT} || gcsfuse --implicit-dirs {mount} -o allow_other {shlex.quote(job.bucket)} {MOUNT} || exit 1
 mkdir -p {MOUNT}/runs
 [ -e {MOUNT}/runs/{job.name}.ended ] && exit 0       # this boot came after the end
 

@@ -41,7 +41,7 @@ GCLOUD = {
     "container node-pools delete": ["cluster", "location"],
     "services enable": ["async"],
     "artifacts repositories create": ["repository-format", "location", "description"],
-    "storage buckets create": ["location", "uniform-bucket-level-access", "default-storage-class"],
+    "storage buckets create": ["location", "uniform-bucket-level-access", "enable-hierarchical-namespace", "default-storage-class"],
     "storage buckets add-iam-policy-binding": ["role", "member", "condition"],
     "storage cp": ["recursive", "no-clobber"],
     "auth application-default login": ["no-browser", "scopes"],

@@ -70,6 +70,8 @@ def test_a_slice_is_a_child_job_and_a_machine_is_a_pod(layout, kind, shape, host
     [container] = pod["containers"]
     assert container["resources"]["limits"]["google.com/tpu"] == min(4, machine(layout).chips) and container["command"] == COMMAND
     assert pod.get("hostNetwork", False) == (slices > 1)
+    options = "implicit-dirs,file-system:rename-dir-limit:200000,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"] == options
     assert one["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     assert child["template"]["spec"]["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 
@@ -229,7 +231,9 @@ def test_a_machine_runs_the_container_until_its_exit_code_is_final(codes, ended,
     ran = [c for c in calls(tmp_path, "docker") if c[0] == "run"]
     assert len(ran) == len(codes) and all(c == ran[0] for c in ran)
     assert ran[0][ran[0].index("us-docker.pkg.dev/p/r/mllm:1") + 1:] == [w.replace("/bucket", f"{tmp_path}/bucket") for w in COMMAND]
-    assert calls(tmp_path, "gcsfuse") == [["--implicit-dirs", "-o", "allow_other", "my-bucket", f"{tmp_path}/bucket"]]
+    assert calls(tmp_path, "gcsfuse") == [
+        ["--implicit-dirs", "--rename-dir-limit=200000", "--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0",
+         "-o", "allow_other", "my-bucket", f"{tmp_path}/bucket"]]
     assert not [f for c in calls(tmp_path, "gcloud") for f in gcloud_faults(c)]
     again = bash(tmp_path, text, commands=stand_ins)                # booted again after the end
     assert again.returncode == 0 and len([c for c in calls(tmp_path, "docker") if c[0] == "run"]) == len(codes)
