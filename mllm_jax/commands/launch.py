@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from mllm_jax.commands import common
+from mllm_jax.commands.train import steps_of
 from mllm_jax.config import ConfigError, nearest
 
 HELP = """Print the file that trains a recipe on a cluster: gke, tpu-vm, skypilot or slurm.
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="the same system small, to try the machines")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--profile", metavar="STEP:N", help="trace N steps of each stage from step STEP on, for xprof")
     parser.add_argument("--restarts", type=int, default=100, metavar="N", help="how often the run may be started again (default: 100)")
     parser.add_argument("--image", metavar="IMAGE", help="container with mllm_jax in it; see launch/clusters/Dockerfile")
     parser.add_argument("--bucket", metavar="NAME", help="of Cloud Storage: runs/ and data/ are in it")
@@ -109,5 +111,8 @@ def _arguments(args: argparse.Namespace, recipe: Any) -> tuple[str, ...]:
     """Of `mllm-jax train`, as it will run there."""
     if args.stages and (odd := [s for s in args.stages.split(",") if s not in recipe.stages]):
         raise ConfigError(f"the recipe has no stage {odd[0]!r}; nearest: {nearest(odd[0], recipe.stages)}")
-    more = ["--layout", args.layout, *(["--tiny"] if args.tiny else []), *(["--stages", args.stages] if args.stages else [])]
-    return (args.recipe, *args.overrides, *more, *(["--save-every", str(args.save_every)] if args.save_every else []))
+    if args.profile:
+        steps_of(args.profile)
+    given = {"--stages": args.stages, "--save-every": args.save_every, "--profile": args.profile}
+    more = [word for option, value in given.items() if value for word in (option, str(value))]
+    return (args.recipe, *args.overrides, "--layout", args.layout, *(["--tiny"] if args.tiny else []), *more)

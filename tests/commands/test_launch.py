@@ -10,14 +10,15 @@ BASE = ["projector/llava_15", "--layout", "v6e-64", "--image", "i/m", "--bucket"
 
 
 def test_the_file_is_printed_and_nothing_else(capsys):
-    assert main(["launch", "gke", *BASE, "--spot", "stages.instruct.optimizer.lr=1e-5", "--stages", "instruct", "--save-every", "50"]) == 0
+    assert main(["launch", "gke", *BASE, "--spot", "stages.instruct.optimizer.lr=1e-5", "--stages", "instruct", "--save-every", "50",
+                 "--profile", "20:5"]) == 0
     out = capsys.readouterr()
     made = yaml.safe_load(out.out)
     assert made["metadata"]["name"] == "projector-llava-15" and not out.err
     [container] = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     assert container["command"] == [
         "mllm-jax", "train", "projector/llava_15", "stages.instruct.optimizer.lr=1e-5", "--layout", "v6e-64", "--stages", "instruct",
-        "--save-every", "50", "--out", "/bucket/runs/projector-llava-15", "--data-root", "/bucket/data"]
+        "--save-every", "50", "--profile", "20:5", "--out", "/bucket/runs/projector-llava-15", "--data-root", "/bucket/data"]
 
 
 def test_folders_of_slurm_are_where_they_are_asked_for(capsys):
@@ -38,6 +39,7 @@ def test_folders_of_slurm_are_where_they_are_asked_for(capsys):
     (["launch", "gke", *BASE[:2], "v6e-256", *BASE[3:]], "batch_size is 64, and these machines need a multiple of 256: choose a smaller"),
     (["launch", "gke", *BASE[:2], "v6e-64:mesh.tensor=2", *BASE[3:]], "does not fit them; change its sizes so that they multiply to 64"),
     (["launch", "gke", *BASE[:2], "cpu-8", *BASE[3:]], "a layout of cpu names no machine that can be rented"),
+    (["launch", "gke", *BASE, "--profile", "20"], "--profile is '20'; write STEP:N"),
     (["launch", "gke", *BASE, "--name", "My_Run"], "--name is 'My_Run'"),
     (["launch", "gke", *BASE, "--spt"], "nearest: --spot"),
 ])
