@@ -2,7 +2,7 @@
 
 New here: `ExpertLayer`, chosen by the kind of a position and not by a router; all patches share one position; a ViT with norms behind.
 Sizes: the hub's config.json; stages, steps, batches and lengths: the paper, section 2.3.  Unverified: rates, warm-ups, decay,
-lengths of the first stages, steps of the last, and what trains in it; a table of positions is stretched for 490 pixels.
+lengths of the first stages, when 490 pixels begin, steps of the last, what trains in it; a table of positions is stretched for them.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """MobileVLM (arXiv:2312.16886): a small LLaVA whose projector mixes neighbours and keeps a quarter of the tokens.
 
 New here: LDP, two inverted residuals after the MLP, the second with stride 2, and a language model for a telephone.
-Hyper-parameters: the official run_v1.sh.  In the second stage 64 packed rows hold about its 128 examples.
+Hyper-parameters: the official run_v1.sh.  In the second stage 64 packed rows hold about its 128 examples.  Unverified: the widths of
+the language models' feed-forward layers.
 """
 
 from dataclasses import replace

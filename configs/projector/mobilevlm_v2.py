@@ -1,7 +1,8 @@
 """MobileVLM V2 (arXiv:2402.03766): MobileVLM with a lighter projector, and a language model that learns from the start.
 
 New here: LDPv2, an average over windows and one convolution; detailed captions, on which all but the encoder trains.
-Hyper-parameters: the official run.sh.  The mixture of the second stage has 2.4 million records by the paper.
+Hyper-parameters: the official run.sh.  The mixture of the second stage has 2.4 million records by the paper.  Unverified, as in
+MobileVLM: the widths of feed-forward layers.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """BLIP-2 (arXiv:2301.12597): a frozen ViT, a frozen OPT, and 32 queries between them that learn what to say of an image.
 
 New here: the connector is trained before it meets the language model, with three losses at once.  The paper, section 3.4, and
-LAVIS; unverified: b2, the last rate of stage two.  The ViT is EVA's with a norm trained later; queries begin with BERT's layers for text.
+LAVIS; unverified: b2, steps, batches, the last rate.  The ViT is EVA's with a norm trained later; queries begin as BERT's text layers.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """InstructBLIP (arXiv:2305.06500): BLIP-2 whose queries read the instruction too, and so look for what is asked.
 
 New here: words for the Q-Former of the second kind of model; data sets are drawn by the roots of their sizes.  The paper, sections
-2.3 to 2.6; unverified: sizes of data sets, steps, schedule.  The paper starts from its BLIP-2 with Vicuna, here from the first stage.
+2.3 to 2.6; unverified: data set sizes, steps, batches, schedule.  The paper starts from BLIP-2 with Vicuna, here from its first stage.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """LLaVA-OneVision (arXiv:2408.03326): one LLaVA for a large image, for several images, and for videos.
 
 New here: what stands for a medium depends on what it is (`also`): up to 36 tiles shrunk to the tokens of nine, padded squares, pooled
-frames.  Source: section 4, scripts/train of LLaVA-VL/LLaVA-NeXT, whose 256 examples 64 packed rows hold; unverified: 512 of "align".
+frames.  Source: section 4, scripts/train of LLaVA-VL/LLaVA-NeXT.  Unverified: batches (512 in "align"; then 256 examples, which 64
+packed rows hold) and the published sizes.
 """
 
 from dataclasses import replace

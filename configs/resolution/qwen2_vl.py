@@ -1,7 +1,7 @@
 """Qwen2-VL (arXiv:2409.12191): images at their own size, packed; rotations in place of a table; squares of patches merged; M-RoPE.
 
 New here: a packed view and `place="grid"`.  model=2.5-...: windows, seconds (arXiv:2502.13923); 3-...: DeepStack, times in words.
-Section 2.2 has stages, tokens and what is frozen.  Unverified: data, rates, batches, formats, and the merger frozen at the end.
+Section 2.2 has stages and tokens.  Unverified: data, rates, batches, formats, when the merger trains, a video's budget, 3's sections.
 """
 
 from dataclasses import replace
