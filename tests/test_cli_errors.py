@@ -3,7 +3,6 @@
 import errno
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -87,10 +86,8 @@ def test_interruption_says_how_to_go_on(capsys, monkeypatch):
     assert code == 130 and "interrupted" in err
 
 
-def test_help_of_everything_reads_and_is_quick(capsys):
-    began = time.monotonic()
+def test_help_of_everything_reads(capsys):
     run = subprocess.run([sys.executable, "-m", "mllm_jax.cli", "--help"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 3                 # 0.2 s when nothing else runs
     assert all(verb in run.stdout for verb in VERBS) and "examples:" in run.stdout
     for verb in VERBS:
         code, out, _ = command(capsys, verb, "--help")
