@@ -4,6 +4,7 @@
 up.  Nothing here changes what a program computes.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import logging
@@ -12,10 +13,13 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from mllm_jax.config import RESTART
 
 MEBIBYTE = 1 << 20
 
@@ -34,6 +38,8 @@ ENVIRONMENT = {
 # Compiling a step for a CPU takes two thirds of the time without XLA's newer emitters of fused loops (siglip --tiny: 12.7 s and
 # 18.9 s; first/digits: 7.9 s and 10.3 s), and the step takes as long.  A jaxlib that does not know a flag refuses to start.
 LOOPS, KNOWN_TO = "--xla_cpu_use_fusion_emitters", "0.10."
+HEARTBEAT = 60                          # s without a sign of life until a process is taken for dead, and the others end
+PR_SET_PDEATHSIG = 1                    # number of prctl(2)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # numbers of mallopt(3)
 QUIET = {
     # Orbax writes each layer of a failure here, tens of lines, and raises it too: then it is told in one.
@@ -63,6 +69,29 @@ def huge_pages() -> None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def supervise() -> None:
+    """Goes on in a child of this process, which waits for it and says how it ended.
+
+    When another process of the run dies, or the coordinator does, jax ends this one by abort, from C++, where no line of ours is
+    said and no exit code is ours.  The parent says that line and exits with the code that restarts.
+    """
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        # Should the parent be killed, the child must not hold the machine's devices.
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends it to both
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        why = {signal.SIGABRT: "another process has died or cannot be reached", signal.SIGKILL: "often for want of memory"}
+        print(f"mllm-jax: signal {-code} ended this process: {why.get(-code, 'nobody asked it to')}; "
+              "run again to go on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(RESTART if code < 0 else code)
 
 
 def start(
@@ -173,28 +202,39 @@ def cluster(env: Mapping[str, str]) -> str | None:
 
 
 def join(found: str | None) -> None:
-    """Joins the other processes; jax knows Slurm, MPI and TPU pods by itself."""
+    """Joins the other processes; jax knows Slurm, MPI and TPU pods by itself.
+
+    MLLM_JAX_HEARTBEAT: seconds without a sign of life until a process is taken for dead.
+    """
     import jax
 
+    seconds = int(os.environ.get("MLLM_JAX_HEARTBEAT", HEARTBEAT))
     if found == "jax":
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
             process_id=int(os.environ["JAX_PROCESS_ID"]),
+            heartbeat_timeout_seconds=seconds,
         )
     else:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
 
 
 def on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, the polite way in which machines are taken back; a second one ends the process."""
-    stop = threading.Event()
+    """An event that SIGTERM sets, the polite way in which machines are taken back; another one ends the process.
+
+    A launcher that signals every process and a parent that passes it on make two at once, which count as one.
+    """
+    stop, first = threading.Event(), []
     if threading.current_thread() is not threading.main_thread():
         return stop
 
     def handler(*_: object) -> None:
         stop.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        first.append(time.monotonic())
+        if first[-1] - first[0] > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, handler)
     return stop

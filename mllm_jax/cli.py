@@ -4,7 +4,8 @@ Every verb is a file of `commands/` with `HELP`, `add_arguments(parser)` and `ru
 import what is heavy inside `run`, so that help and mistakes answer at once.
 
 Exit codes: 0 done; 2 what you wrote cannot be done (a key, a name, a file), found before any work; 1 the
-run failed (a bad record, a full disk, NaN); 130 interrupted.
+run failed (a bad record, a full disk, NaN); 75 the machines ended it (SIGTERM, another process died, nothing moved) and the
+same command goes on, so a cluster should start it again; 130 interrupted.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from mllm_jax.config import ConfigError, nearest
+from mllm_jax.config import RESTART, ConfigError, Restart, nearest
 
 VERBS = ("train", "evaluate", "generate", "import", "export", "describe", "compare", "plan", "launch", "data", "doctor")
 
@@ -34,6 +35,11 @@ def console() -> int:
         from mllm_jax.launch.runtime import huge_pages
 
         huge_pages()
+    if "train" in sys.argv[1:]:
+        from mllm_jax.launch.runtime import cluster, supervise
+
+        if cluster(os.environ):
+            supervise()
     return main()
 
 
@@ -91,7 +97,7 @@ def make_parser(wanted: Sequence[str] = VERBS) -> argparse.ArgumentParser:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """One line and the exit code: 2 for what the user wrote, 1 for what went wrong while running."""
+    """One line and the exit code: 2 for what the user wrote, 1 for what went wrong while running, 75 for what did outside of it."""
     from mllm_jax.data.errors import BadExample
 
     text = " ".join(str(error).split())
@@ -99,6 +105,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"there is no file {str(error.filename)!r}", 2
     if isinstance(error, (ConfigError, FileNotFoundError)):
         return text, 2
+    if isinstance(error, Restart):
+        return text, RESTART
     # Messages of our own are whole sentences; others need their kind, and often the place.
     ours = isinstance(error, BadExample) or type(error).__module__.startswith("mllm_jax.")
     return text if ours else f"{type(error).__name__}: {text} (-v shows where)", 1

@@ -29,6 +29,13 @@ class ConfigError(ValueError):
     """What the user wrote cannot be a configuration; the message is one line that says what to do."""
 
 
+RESTART = 75                            # exit code (EX_TEMPFAIL of sysexits.h): nothing is wrong with the run, start it again
+
+
+class Restart(RuntimeError):
+    """The run was ended by its machines, not by a fault of its own: the same command goes on."""
+
+
 def recipe_names() -> list[str]:
     """The names of all recipes of the cookbook, `chapter/system`, sorted."""
     from mllm_jax import configs

@@ -16,7 +16,7 @@ from jax._src.distributed import global_state as cluster  # the client is public
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mllm_jax.config import ConfigError
+from mllm_jax.config import RESTART, ConfigError, Restart
 from mllm_jax.sharding import host_share
 
 T = TypeVar("T")
@@ -121,12 +121,23 @@ class Lockstep:
 def _said(error: BaseException) -> dict[str, Any]:
     """An error as JSON.  Messages of our own are whole sentences; others need their kind."""
     kind = "" if type(error).__module__.startswith("mllm_jax.") else f"{type(error).__name__}: "
-    return {"process": jax.process_index(), "text": f"{kind}{error}", "config": isinstance(error, ConfigError)}
+    code = 2 if isinstance(error, ConfigError) else RESTART if isinstance(error, Restart) else 1
+    return {"process": jax.process_index(), "text": f"{kind}{error}", "code": code}
 
 
 def _raise(said: dict[str, Any]) -> None:
-    kind = ConfigError if said["config"] else StoppedElsewhere
+    kind = {2: ConfigError, RESTART: Restart}.get(said["code"], StoppedElsewhere)
     raise kind(f"process {said['process']} stopped: {said['text']}")
+
+
+def shout(what: str, text: str) -> None:
+    """Leaves a word for all processes that `heard` finds, whatever they are doing."""
+    if cluster.client is not None:
+        cluster.client.key_value_set(f"mllm_jax/{what}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def heard(what: str) -> list[str]:
+    return [] if cluster.client is None else [text for _, text in cluster.client.key_value_dir_get(f"mllm_jax/{what}/")]
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

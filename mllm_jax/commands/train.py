@@ -9,7 +9,8 @@ from mllm_jax.config import ConfigError
 HELP = """Train a recipe through all of its stages.
 
 Then evaluate it, generate samples, export to a Hugging Face folder and write a report.  A run that was stopped
-goes on where its last checkpoint is; --fresh starts it anew.
+goes on where its last checkpoint is; --fresh starts it anew.  SIGTERM saves and ends with exit code 75, as all does that is
+no fault of the run: start it again then.
 
 examples:
   mllm-jax train first/digits
@@ -28,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_data_root(parser)
     parser.add_argument("--stages", metavar="A,B", help="only these stages; an earlier run has done the ones before")
     parser.add_argument("--save-every", type=int, default=1_000, metavar="STEPS", help="steps between checkpoints (default: 1000)")
+    parser.add_argument("--patience", type=float, default=900, metavar="SECONDS",
+                        help="without a step until the run is taken for hung, writes the stacks of its threads and ends (default: 900)")
+    parser.add_argument("--storage-patience", type=float, default=300, metavar="SECONDS",
+                        help="that storage which fails is tried again for (default: 300)")
     parser.add_argument("--profile", metavar="STEP:N", help="trace N steps of each stage from step STEP on, for xprof")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the last checkpoint is (the default)")
@@ -50,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     train(recipe, RunOptions(
         name=args.recipe, out=out, layout=layout, overrides=tuple(args.overrides), tiny=args.tiny, data_root=args.data_root,
         stages=stages, fresh=args.fresh, save_every=args.save_every, verbose=args.verbose, stop=running.stop,
+        patience=args.patience, storage_patience=args.storage_patience,
         profile=profile, startup=runtime.age(), peak=chips.peak_of([d.device_kind for d in jax.devices()])))
     if running.process == 0:
         for file, what in {"report.html": "report", "metrics.json": "metrics", "export": "Hugging Face folder",

@@ -3,15 +3,16 @@
 A checkpoint holds the trained parameters, the optimizer, the moving average, and `meta`: the state of the
 data iterator of every host, the recipe and the versions.  Frozen parameters do not change, so they are
 written once for the stage and not with every step.  A checkpoint appears under its number only when it
-is complete; what a killed process leaves behind is never read.
+is complete; what a killed process leaves behind is never read.  One that cannot be read is put aside, and the one before is
+used.  Storage that fails is tried again for a while.
 """
 
-import errno
+import contextlib
 import importlib.metadata
 import json
 import re
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.config import ConfigError, nearest
-from mllm_jax.hosts import agree, gather
+from mllm_jax.hosts import gather, together
 from mllm_jax.nn.lora import LEAVES, merge_adapters
 from mllm_jax.nn.param import Params
 from mllm_jax.train import grown
 from mllm_jax.train.state import Blueprint, TrainState, under
+from mllm_jax.train.storage import anywhere, cause, check_room, passing, pauses, tell
 
 KEEP = 2                                # newest checkpoints kept in a stage
 ANEW = "start anew with --fresh"
@@ -38,13 +40,20 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one stage, in a folder of their own."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: Path, *, patience: float = 0.0):
+        self.folder, self.patience = Path(folder).absolute(), patience
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.saver: Any = None
+        self.pending: Any = None
+        self._open()
+
+    def _open(self) -> None:
+        """Looks at the folder anew; after a failure Orbax believes that the step was saved."""
+        if self.saver is not None:
+            self._close_saver()
         self.saver = ocp.training.Checkpointer(
             self.folder / "checkpoints", preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
             cleanup_tmp_directories=jax.process_count() == 1)
-        self.pending: Any = None
 
     def latest(self) -> int | None:
         return self.saver.latest.step if self.saver.latest else None
@@ -52,19 +61,49 @@ class Checkpoints:
     def save_frozen(self, frozen: Params) -> None:
         """Writes what the stage does not train, once."""
         if frozen and not (self.folder / "frozen").exists():
-            with _explained(self, "the frozen parameters"):
-                _check_room(self.folder, frozen)
-                ocp.save(self.folder / "frozen", frozen)
+            self._persist("the frozen parameters", frozen, lambda: ocp.save(self.folder / "frozen", frozen, overwrite=True))
 
-    def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts to write; the state may be donated to the next step at once."""
-        self.wait()
-        with _explained(self, f"step {step}"):
-            parts = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
-            parts |= {"ema": state.ema} if state.ema is not None else {}
-            _check_room(self.folder, parts)
-            meta = {**meta, "step": step, "data_states": gather(data_state), "versions": versions()}
-            self.pending = (step, self.saver.save_checkpointables_async(step, {"state": parts, "meta": meta}, overwrite=True))
+    def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Starts to write; the state may be donated to the next step at once.
+
+        If the checkpoint before could not be written, that is said, and this one stands for both.  With `wait` it returns when the
+        checkpoint is complete.  Storage that fails is tried again, for `patience` seconds.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        self.settle()
+        parts = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+        parts |= {"ema": state.ema} if state.ema is not None else {}
+        meta = {**meta, "step": step, "data_states": gather(data_state), "versions": versions()}
+
+        def begin() -> None:
+            context = ocp.Context()
+            # In the background they would leave a thread behind that waits for a folder that could not be made, for ten minutes.
+            context.asynchronous.create_directories_asynchronously = False
+            with context:
+                pending = self.saver.save_checkpointables_async(step, {"state": parts, "meta": meta}, overwrite=True)
+            if wait:
+                pending.result()
+            else:
+                self.pending = (step, pending)
+
+        self._persist(f"step {step}", parts, begin)
+
+    def settle(self) -> bool:
+        """Until the last checkpoint is complete; whether it is, on all hosts.  Says so if it is not."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return True
+        error = None
+        try:
+            pending[1].result()
+        except Exception as e:          # noqa: BLE001  of any sort: it is told, and the next checkpoint is tried
+            error = e
+        if why := anywhere(error):
+            self._open()
+            tell(f"could not save step {pending[0]} in {self.folder}: {why}; the next checkpoint is tried when it is due")
+        return not why
 
     def wait(self) -> None:
         """Until the last checkpoint is complete.  Raises CheckpointError if it could not be written."""
@@ -73,24 +112,84 @@ class Checkpoints:
             with _explained(self, f"step {pending[0]}"):
                 pending[1].result()
 
+    def _persist(self, what: str, tree: Any, write: Callable[[], None]) -> None:
+        """Writes, again and again until it succeeds or patience is at its end; hosts try together."""
+        for attempt, pause in enumerate([*pauses(self.patience), None]):
+            error = None
+            try:
+                if attempt:
+                    self._open()
+                check_room(self.folder, tree)
+                write()
+            except Exception as e:      # noqa: BLE001  Orbax raises many kinds for one full disk
+                error = e
+            if not (why := anywhere(error)):
+                return
+            if pause is None:
+                with _explained(self, what):
+                    raise error or OSError(why)
+            tell(f"could not save {what} in {self.folder}: {why}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+
     def restore(self, abstract: TrainState) -> tuple[TrainState, list[Any], dict[str, Any]] | None:
         """(state, the iterator states of all hosts, meta) of the newest checkpoint, or None if there is none."""
-        step = self.latest()
-        if step is None:
+        steps, broken, found = sorted((c.step for c in self.saver.checkpoints), reverse=True), {}, None
+        for step in steps:
+            error = None
+            try:
+                found = self._read(step, abstract)
+            except CheckpointError as e:
+                error = e
+            # All hosts take the same one, though a file may be broken that only one of them reads.
+            if not (why := anywhere(error)):
+                break
+            broken[step] = error or CheckpointError(why)
+        else:
+            if broken:                  # as like as not the fault is elsewhere: nothing is moved
+                raise broken[steps[0]]
             return None
-        parts = {"params": abstract.params, "opt_state": abstract.opt_state, "step": abstract.step}
-        parts |= {"ema": abstract.ema} if abstract.ema is not None else {}
-        path = self.folder / "checkpoints" / str(step)
-        with _readable(path, others=[c.step for c in self.saver.checkpoints if c.step != step]):
-            found = self.saver.load_checkpointables(step, {"state": parts, "meta": None})
+        if broken:
+            together(lambda: self._put_aside(broken, step) if jax.process_index() == 0 else None)
+            self.saver.reload()
         with _readable(self.folder / "frozen", advice=ANEW):
             frozen = ocp.load(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
         state = TrainState(step=found["state"]["step"], params=found["state"]["params"], frozen=frozen,
                            opt_state=found["state"]["opt_state"], ema=found["state"].get("ema"))
         return state, found["meta"]["data_states"], found["meta"]
 
+    def _put_aside(self, broken: Mapping[int, CheckpointError], used: int) -> None:
+        """Moves checkpoints that cannot be read out of the way, to be looked at; nothing is deleted."""
+        for step, error in broken.items():
+            aside = self.folder / "broken" / str(step)
+            while aside.exists():
+                aside = aside.with_name(aside.name + "-")
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / "checkpoints" / str(step)).rename(aside)
+            tell(f"{str(error).partition(';')[0]}; it is put aside as {aside}, and the run goes on from step {used}")
+
+    def _read(self, step: int, abstract: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds.  A disk or a network that fails is tried again; a file that is broken stays so."""
+        parts = {"params": abstract.params, "opt_state": abstract.opt_state, "step": abstract.step}
+        parts |= {"ema": abstract.ema} if abstract.ema is not None else {}
+        path = self.folder / "checkpoints" / str(step)
+        with _readable(path):
+            for pause in [*pauses(self.patience), None]:
+                try:
+                    return self.saver.load_checkpointables(step, {"state": parts, "meta": None})
+                except Exception as error:
+                    if pause is None or not passing(error):
+                        raise
+                    tell(f"could not read {path}: {cause(error)}; trying again in {pause:.0f} s")
+                    time.sleep(pause)
+        raise AssertionError
+
     def close(self) -> None:
-        self.wait()
+        """Of a run that is done, or has an error of its own to tell."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._close_saver()
+
+    def _close_saver(self) -> None:
         try:
             self.saver.close()
         except Exception:               # of a write that failed, which `wait` has told: Orbax tells each thread once more
@@ -243,13 +342,6 @@ def _stage_folder(scheme: str, rest: str, run_dir: Path, runs: Path) -> tuple[Pa
     return folder, subtree
 
 
-def _check_room(folder: Path, tree: Any) -> None:
-    """Refuses, on all hosts, to begin a checkpoint that the disk of one cannot hold."""
-    need = sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.process_count()
-    free = shutil.disk_usage(folder).free
-    agree(None if free >= need else OSError(errno.ENOSPC, f"{need / 2**20:.1f} MiB are needed and {free / 2**20:.1f} MiB are free"))
-
-
 class _explained:
     """Turns a failed write into one line that says what is intact."""
 
@@ -265,16 +357,15 @@ class _explained:
         self.checkpoints.saver.reload()
         last = self.checkpoints.latest()
         intact = f"the checkpoint of step {last} is intact" if last is not None else "there is no earlier checkpoint"
-        raise CheckpointError(f"could not save {self.what} in {self.checkpoints.folder}: {_cause(error)}; {intact}; "
+        raise CheckpointError(f"could not save {self.what} in {self.checkpoints.folder}: {cause(error)}; {intact}; "
                               "free space or choose another --out, and run again to resume") from error
 
 
 class _readable:
     """Turns a failed read into one line that names the folder."""
 
-    def __init__(self, path: Path, others: list[int] | None = None, advice: str = ""):
-        self.path = path
-        self.advice = advice or (f"delete it to resume from step {max(others)}" if others else f"delete it, or {ANEW}")
+    def __init__(self, path: Path, advice: str = ""):
+        self.path, self.advice = path, advice or f"delete it, or {ANEW}"
 
     def __enter__(self) -> None:
         pass
@@ -282,12 +373,4 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, Exception) or isinstance(error, (ConfigError, CheckpointError)):
             return
-        raise CheckpointError(f"the checkpoint {self.path} cannot be read: {_cause(error)}; {self.advice}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost message: Orbax wraps the reason in several layers that only say that something failed."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+        raise CheckpointError(f"the checkpoint {self.path} cannot be read: {cause(error)}; {self.advice}") from error

@@ -28,7 +28,7 @@ from mllm_jax.train.ledger import Ledger
 
 # What a run writes into its folder, and forgets when it begins anew; whatever else is there is not its own.
 WRITTEN = ("recipe.json", "tokenizer", "tokenizer.partial", "stages", "evals", "samples.jsonl", "metrics.json", "report.html", "export",
-           "adapter", "heartbeat.json")
+           "adapter", "heartbeat.json", "stacks")
 
 
 @config
@@ -47,6 +47,8 @@ class RunOptions:
     verbose: bool = False
     startup: float = 0.0                # seconds since the process began, when this was made
     peak: float = 0.0                   # FLOP/s of all devices together at their best; 0: not known
+    patience: float = 900.0             # s without a step until the run is taken for hung, and ends
+    storage_patience: float = 300.0     # s that storage which fails is tried again for
     profile: tuple[int, int] | None = None      # (first step, how many) of each stage that are traced
     stop: threading.Event = field(default_factory=threading.Event)      # set from outside: save and leave
 

@@ -101,8 +101,9 @@ class Ledger:
         said = {"time": self.now(), "pid": os.getpid(), "doing": self.cause, **self.place, **self.summary(),
                 "worked": self.worked, "marks": self.marks}
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(said, indent=1) + "\n")
-        temporary.replace(self.path)
+        with contextlib.suppress(OSError):      # storage that fails for a while; the next beat comes soon
+            temporary.write_text(json.dumps(said, indent=1) + "\n")
+            temporary.replace(self.path)
 
     def summary(self) -> dict[str, Any]:
         """What metrics.json says of it."""

@@ -5,6 +5,7 @@ dispatched, so that the device never waits for the log; `Log.step` therefore ret
 before.  Only process 0 writes.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -62,22 +63,35 @@ class Log:
         earlier = self._keep_until_start() if self.writes else 0.0
         self.began = self.clock() - earlier
         if self.writes:
-            # Imported here: it costs a quarter of a second and only process 0 needs it.
-            from tensorboardX import SummaryWriter
-
-            self.file = open(self.folder / "log.jsonl", "a")
+            self._open()
             if not self.quiet:
                 self.bar.begin()
-            self.board = SummaryWriter(str(self.folder / "tb"), purge_step=self.start + 1 if self.start else None)
         return self
+
+    def _open(self) -> None:
+        self.file = open(self.folder / "log.jsonl", "ab", buffering=0)
+        self.rest = b""                 # of lines that storage has not taken yet
+        self.board = self._new_board(self.start)
+
+    def back_to(self, start: int) -> None:
+        """Forgets the lines after step `start`, if the newest checkpoint could not be read and an older one was."""
+        if start != self.start and self.writes:
+            self.file.close()
+            self.board.close()
+            self.start = start
+            self._keep_until_start()
+            self._open()
 
     def __exit__(self, *_: object) -> None:
         try:
             self.flush()
         finally:
             if self.writes:
-                self.file.close()
-                self.board.close()
+                with self.file:
+                    if self.rest:       # raises if storage fails still
+                        self.file.write(self.rest)
+                if _works(self.board):
+                    self.board.close()
             if not self.quiet:
                 self.bar.close()
 
@@ -102,16 +116,31 @@ class Log:
             row = {"step": step, "seconds": round(seconds, 3)} | numbers
             # JSON has no NaN; a reader finds null there.
             finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self.file.flush()
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
+            self.rest += json.dumps(finite, allow_nan=False).encode() + b"\n"
+            with contextlib.suppress(OSError):      # storage that fails for a while: the next step tries again
+                self.rest = self.rest[self.file.write(self.rest):]
+            self._show(step, numbers)
         if self.ledger is not None:
             self.ledger.beat(step, self.total, numbers)
             numbers = numbers | {"goodput": self.ledger.goodput}
         if not self.quiet:
             self.bar.update(step, numbers)
         return numbers.get("loss")
+
+    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
+        """On the board, which is for looking at: what its storage does not take is lost, and the run goes on."""
+        with contextlib.suppress(OSError):
+            if not _works(self.board):
+                self.board = self._new_board(step - 1)
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+
+    def _new_board(self, start: int) -> Any:
+        # Imported here: it costs a quarter of a second and only process 0 needs it.
+        from tensorboardX import SummaryWriter
+
+        # Its thread ends when it cannot write, and with a short queue a step would wait for it for ever.
+        return SummaryWriter(str(self.folder / "tb"), purge_step=start + 1 if start else None, max_queue=1_000)
 
     def note(self, text: str) -> None:
         """A line for the reader, above the bar."""
@@ -147,6 +176,11 @@ class Log:
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)
         return seconds
+
+
+def _works(board: Any) -> bool:
+    """Whether the thread that writes for a board is there."""
+    return board.file_writer.event_writer._worker.is_alive()
 
 
 def to_numbers(means: Mapping[str, Any]) -> dict[str, float]:

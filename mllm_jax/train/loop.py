@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from mllm_jax import sharding
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, Restart
 from mllm_jax.data.loader import Loader, dropped, merge
 from mllm_jax.hf.load import load_subtree
 from mllm_jax.hosts import Lockstep, gather
@@ -38,11 +38,16 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and what was kept."""
 
 
+class Asked(TrainingError, Restart):
+    """The run was asked to stop, and is saved."""
+
+
 def train_stage(run: Run, name: str, log: Log) -> dict[str, Any]:
     """Trains one stage to its end, or from its last checkpoint to its end; its summary.
 
     Raises:
-      TrainingError: the loss is not a number, or the run was asked to stop.
+      TrainingError: the loss is not a number.
+      Asked: the run was asked to stop.
       BadExample, ConfigError: what the user gave is at fault.
     """
     with run.ledger.on("start"), Lockstep() as lockstep:
@@ -58,12 +63,13 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
     optimizer = build(stage.optimizer, stage.steps, sorted(trained))
     loader = make_loader(run, name)
     lockstep.meet()                     # each has found its files
-    checkpoints = Checkpoints(run.stage_folder(name))
+    checkpoints = Checkpoints(run.stage_folder(name), patience=options.storage_patience)
     feed, trace = None, Trace(options.profile, run.stage_folder(name) / "profile")
     try:
         ledger.turn("start" if checkpoints.latest() is None else "restore")
         state, iterator = _resume_or_start(run, name, blueprint, trained, optimizer, checkpoints, loader, log)
         start = done = int(state.step)
+        log.back_to(start)
         ledger.begin(name, start)
         ledger.turn("start")
         data_state = iterator.get_state()
@@ -74,11 +80,11 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
         program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1], options.peak)
         first_loss = None
 
-        def save() -> None:
+        def save(wait: bool = False) -> None:
             _check_number(log.flush(), done, recent.pop(done, ()), run.stage_folder(name), checkpoints)
             meta = {"recipe": options.name, "stage": name, "alpha": getattr(model_cfg, "alpha", None)}
             with ledger.on("save"):
-                checkpoints.save(done, state, data_state, meta)
+                checkpoints.save(done, state, data_state, meta, wait=wait)
             ledger.saved(done)
 
         if options.profile and not start < options.profile[0] <= stage.steps:
@@ -91,10 +97,9 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
             with ledger.on("hosts" if _idle(means) else ledger.cause):
                 stopping = lockstep.meet(options.stop.is_set())
             if stopping:
-                if done > start and done % options.save_every:
-                    save()
-                checkpoints.wait()
-                raise TrainingError(f"asked to stop: stage {name} is saved at step {done} of {stage.steps}; run again to go on")
+                if done > start and (done % options.save_every or not checkpoints.settle()):
+                    save(wait=True)
+                raise Asked(f"asked to stop: stage {name} is saved at step {done} of {stage.steps}; run again to go on")
             if program is None:
                 compiling = time.monotonic()
                 ledger.turn("compile")
@@ -115,9 +120,7 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
                 first_loss = first_loss if first_loss is not None else time.monotonic() - began
                 _check_number(loss, n - 1, recent.pop(n - 1, ()), run.stage_folder(name), checkpoints)
             if n == stage.steps or n % options.save_every == 0:
-                save()
-        ledger.turn("save")
-        checkpoints.wait()
+                save(wait=n == stage.steps)
         return totals.summary(stage=name, steps=stage.steps, seconds=log.seconds, compile_seconds=compiled,
                               first_loss_seconds=first_loss, params=(blueprint, trained),
                               dropped=dropped(merge(gather(data_state))))

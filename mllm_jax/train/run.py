@@ -31,8 +31,9 @@ from mllm_jax.train.adapters import save_adapters
 from mllm_jax.train.checkpoint import read_params
 from mllm_jax.train.folder import Run, RunOptions, finished, prepare
 from mllm_jax.train.log import Log, counter, duration
-from mllm_jax.train.loop import TrainingError, train_stage
+from mllm_jax.train.loop import Asked, train_stage
 from mllm_jax.train.state import Blueprint
+from mllm_jax.train.watchdog import Watchdog
 
 
 def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """
     run = prepare(recipe, options)
     try:
-        return _train(run)
+        with Watchdog(run.ledger, run.folder, options.patience):
+            return _train(run)
     finally:
         run.ledger.write()
 
@@ -133,7 +135,7 @@ def _stage(run: Run, name: str) -> dict[str, Any]:
 def _leave_if_asked(run: Run, name: str) -> None:
     """Between stages, and before what follows the last one."""
     if any(gather(run.options.stop.is_set())):
-        raise TrainingError(f"asked to stop: stage {name} is done and saved; run again to go on")
+        raise Asked(f"asked to stop: stage {name} is done and saved; run again to go on")
 
 
 def _evaluate(run: Run, stage: str, title: str, task: Task, params: Params) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.recipe import Adam
 from mllm_jax.sharding import Layout
-from mllm_jax.train import checkpoint
+from mllm_jax.train import checkpoint, storage
 from mllm_jax.train.checkpoint import CheckpointError, Checkpoints, read_params
 from mllm_jax.train.optimizer import build
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state, make_state, trained_paths
@@ -131,8 +134,8 @@ def truncate(folder: Path) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("hurt", ["metadata truncated", "data missing", "data truncated", "meta missing", "empty"])
-def test_a_corrupt_checkpoint_is_named_with_what_to_do(hurt: str, mine: Path):
+@pytest.mark.parametrize("hurt", ["metadata truncated", "data missing", "data truncated", "meta missing", "file empty", "empty"])
+def test_a_corrupt_checkpoint_is_named_and_put_aside_and_the_one_before_is_used(hurt: str, mine: Path, capfd):
     target = mine / "checkpoints" / "7"
     state = target / "state"
     match hurt:
@@ -147,6 +150,8 @@ def test_a_corrupt_checkpoint_is_named_with_what_to_do(hurt: str, mine: Path):
         case "data truncated":
             for p in (p for p in state.iterdir() if p.is_dir()):
                 truncate(p)
+        case "file empty":
+            max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size).write_bytes(b"")
         case "meta missing":
             shutil.rmtree(target / "meta")
         case "empty":
@@ -154,15 +159,69 @@ def test_a_corrupt_checkpoint_is_named_with_what_to_do(hurt: str, mine: Path):
                 shutil.rmtree(p) if p.is_dir() else p.unlink()
     _, _, _, abstract = make(LAYOUTS["one device"])
     checkpoints = Checkpoints(mine)
-    with pytest.raises(CheckpointError, match=f"the checkpoint {target} cannot be read: .*; delete it to resume from step 3") as error:
-        checkpoints.restore(abstract)
-    checkpoints.close()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 700
-    shutil.rmtree(target)               # what the line says to do
-    checkpoints = Checkpoints(mine)
     again, _, meta = checkpoints.restore(abstract)
+    assert meta["step"] == checkpoints.latest() == 3 and bits(again.params) == bits(noise(abstract, 3).params)
+    [line] = capfd.readouterr().err.splitlines()
+    aside = mine / "broken" / "7"
+    assert re.fullmatch(f"mllm-jax: the checkpoint {target} cannot be read: .*; it is put aside as {aside}, and the run goes on from step 3", line)
+    assert len(line) < 800 and aside.exists() and not target.exists()
+    checkpoints.save(7, again, DATA_STATE, {}, wait=True)       # its number is free again
     checkpoints.close()
-    assert meta["step"] == 3 and bits(again.params) == bits(noise(abstract, 3).params)
+    assert Checkpoints(mine).restore(abstract)[2]["step"] == 7
+
+
+def test_if_no_checkpoint_can_be_read_nothing_is_moved(mine: Path):
+    """As like as not the fault is elsewhere."""
+    for step in ("3", "7"):
+        shutil.rmtree(mine / "checkpoints" / step / "meta")
+    checkpoints = Checkpoints(mine)
+    with pytest.raises(CheckpointError, match=f"the checkpoint {mine / 'checkpoints' / '7'} cannot be read: .*; delete it, or start anew"):
+        checkpoints.restore(make(LAYOUTS["one device"])[3])
+    checkpoints.close()
+    assert sorted(p.name for p in (mine / "checkpoints").iterdir()) == ["3", "7"]
+
+
+def test_storage_that_fails_for_a_while_is_tried_again(mine: Path, capfd):
+    """The folder of checkpoints is away, as when a file system is not mounted; then it is back."""
+    _, _, _, abstract = make(LAYOUTS["one device"])
+    checkpoints = Checkpoints(mine, patience=40)
+    where, away = mine / "checkpoints", mine / "away"
+    where.rename(away)
+    where.write_text("")                # where a folder should be, so that nothing can be made in it
+
+    def mend() -> None:
+        where.unlink()
+        away.rename(where)
+
+    timer = threading.Timer(2.5, mend)
+    timer.start()
+    checkpoints.save(9, noise(abstract, 9), DATA_STATE, {}, wait=True)
+    timer.join()
+    checkpoints.close()
+    assert "could not save step 9" in (said := capfd.readouterr().err) and "trying again in 1 s" in said
+    assert bits(Checkpoints(mine).restore(abstract)[0].params) == bits(noise(abstract, 9).params)
+
+
+def test_a_checkpoint_that_failed_in_the_background_is_told_and_the_next_one_is_written(mine: Path, capfd):
+    _, _, _, abstract = make(LAYOUTS["one device"])
+    checkpoints = Checkpoints(mine, patience=10)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))     # as a quota
+    try:
+        checkpoints.save(9, noise(abstract, 9), DATA_STATE, {})
+        assert not checkpoints.settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search("could not save step 9 in .*; the next checkpoint is tried when it is due", capfd.readouterr().err)
+    assert checkpoints.latest() == 7
+    checkpoints.save(10, noise(abstract, 10), DATA_STATE, {})
+    assert checkpoints.settle() and checkpoints.restore(abstract)[2]["step"] == 10
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("patience", "pauses"), [(0, []), (1, [1]), (10, [1, 2, 4]), (200, [1, 2, 4, 8, 16, 32, 60, 60])])
+def test_pauses_grow_and_are_together_no_longer_than_patience(patience: float, pauses: list[float]):
+    assert storage.pauses(patience) == pauses
 
 
 def test_broken_frozen_parameters_are_named(mine: Path):
@@ -200,7 +259,7 @@ def test_what_a_killed_process_left_is_not_read(mine: Path):
 def test_the_disk_is_looked_at_before_a_checkpoint_is_begun(mine: Path, monkeypatch):
     _, _, _, abstract = make(LAYOUTS["one device"])
     checkpoints = Checkpoints(mine)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match=r"could not save step 9 in .*MiB are needed and 0.0 MiB are free; the checkpoint of step 7 is intact; "
                                               "free space or choose another --out, and run again to resume"):
         checkpoints.save(9, noise(abstract, 9), DATA_STATE, {})
@@ -225,7 +284,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(small_disk:
         pytest.skip("no file system can be mounted here; the limit on files is tested below")
     stage = shutil.copytree(mine, small_disk / "stage")
     _, _, _, abstract = make(LAYOUTS["one device"])
-    monkeypatch.setattr(checkpoint, "_check_room", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
     checkpoints = Checkpoints(stage)
     free = shutil.disk_usage(small_disk).free
     need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((abstract.params, abstract.opt_state)))
