@@ -13,7 +13,7 @@ def below(folder: str) -> list[str]:
 
 TEST = [
     "torch==2.13.0", "pytest>=8", "pytest-xdist>=3.6", "jaxtyping>=0.3", "beartype>=0.20", "psutil>=6", "ruff>=0.9",
-    "webdataset>=1.0", "tensorflow-datasets>=4.9.9", "peft>=0.17",
+    "webdataset>=1.0", "tensorflow-datasets>=4.9.9", "peft>=0.17", "libtpu==0.0.51",
 ]
 
 setup(

@@ -258,7 +258,7 @@ class _Turn:
     def _collective(self, i: Instruction) -> bool:
         """A collective that the core waits for."""
         if i.op in COLLECTIVES:
-            self._wait(*self._send(self.replay.network.cost(i)), f"{i.op} {i.shape.partition('{')[0]}")
+            self._wait(*self._send(self.replay.network.cost(i)), f"{i.op} {i.shape.strip('(').partition('{')[0]}")
             return True
         found = inside(self.hlo, i) if i.op == "fusion" and "async_collective" not in (i.calls or "") else None
         if found is None:
@@ -266,7 +266,7 @@ class _Turn:
         cost = self.replay.network.cost(found)
         if cost.kind == "all-reduce":               # of which the fusion keeps a part: a reduce-scatter by another name
             cost = Cost(kind="reduce-scatter", axes=cost.axes, bytes=cost.bytes / 2, seconds=cost.seconds / 2)
-        self._wait(*self._send(cost), f"{cost.kind} {i.shape.partition('{')[0]}")
+        self._wait(*self._send(cost), f"{cost.kind} {i.shape.strip('(').partition('{')[0]}")
         return True
 
     def _control(self, i: Instruction) -> bool:

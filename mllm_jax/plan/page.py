@@ -4,13 +4,14 @@ from collections.abc import Iterable
 
 from mllm_jax.evaluation import html
 from mllm_jax.evaluation.html import Raw, duration, percent, section, share, short, table, text
-from mllm_jax.plan.report import Plan, audited, feeding, said, seconds, size
+from mllm_jax.plan.report import SMALL, Plan, audited, feeding, said, seconds, size
 from mllm_jax.plan.topology import GIB
 
-COLOURS = ("#2f6db3", "#4f9d8f", "#8a6fb0", "#d08a3c", "#b23a34", "#8b949e", "#5b7f2b")
+COLOURS = ("#2f6db3", "#4f9d8f", "#8a6fb0", "#d08a3c", "#b23a34", "#8b949e", "#5b7f2b", "#c46b9a")
 STYLE = """<style>
 .bar { display: flex; height: 1.6rem; border-radius: 6px; overflow: hidden; background: var(--line); margin: .8rem 0 .5rem; }
-.bar i { display: block; min-width: 1px; } .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .88rem; color: var(--soft); }
+.bar i { display: block; min-width: 1px; }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-bottom: 1rem; font-size: .88rem; color: var(--soft); }
 .key i { display: inline-block; width: .75rem; height: .75rem; border-radius: 2px; margin-right: .4rem; vertical-align: -1px; }
 </style>"""
 
@@ -54,7 +55,7 @@ def _bar(parts: Iterable[tuple[str, float, str]], whole: float) -> Raw:
 
 
 def _memory(p: Plan) -> Raw:
-    kinds = [(k, v, size(v)) for k, v in p.memory.by_kind().items() if v]
+    kinds = [(k, v, size(v)) for k, v in p.memory.by_kind().items() if v >= SMALL]
     return section("Memory of a chip", _bar(kinds, max(p.on.chip.hbm, p.memory.total)), note=(
         "Arguments and the sum of temporaries are the compiler's; which of these are gradients, and which are activations kept "
         "for the backward pass, is read from its schedule."))
@@ -88,6 +89,6 @@ def _operations(p: Plan, most: int = 20) -> Raw:
     e, peak = p.estimate, p.on.chip.peak
     found = sorted(e.spent.items(), key=lambda kv: -kv[1].seconds)[:most]
     rows = [(Raw(f"<code>{text(name[:40])}</code>"), kind, seconds(s.seconds), percent(s.seconds / e.seconds), f"{s.count:.0f}",
-             percent(s.flops / s.seconds / peak) if s.flops else "", Raw(f"<small>{text(s.source[-60:])}</small>"))
+             percent(s.flops / s.seconds / peak) if s.flops else "", Raw(f"<small>{text('/'.join(s.source.split('/')[-3:])[-70:])}</small>"))
             for (kind, name), s in found]
     return section("What takes longest", table(("operation", "kind", "time", "of the step", "times", "of peak", "from"), rows))

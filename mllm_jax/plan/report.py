@@ -27,6 +27,8 @@ from mllm_jax.train.adapters import plain
 from mllm_jax.train.flops import full_counts, step_flops
 from mllm_jax.types import record
 
+SMALL = 1 << 16                         # bytes of memory that are not worth a word
+
 
 @record
 class Options:
@@ -167,7 +169,7 @@ def text(p: Plan) -> Iterator[str]:
         return
     m, e = p.memory, p.estimate
     yield f"It fits: {size(m.total)} of {size(p.on.chip.hbm)} of each chip (compiled in {duration(p.compile_seconds)})"
-    yield "  " + ", ".join(f"{k} {size(v)}" for k, v in m.by_kind().items() if v) + (f"; on the host {size(m.host)}" if m.host else "")
+    yield "  " + ", ".join(f"{k} {size(v)}" for k, v in m.by_kind().items() if v >= SMALL) + (f"; on the host {size(m.host)}" if m.host else "")
     yield ""
     rates = "".join(f", {p.rows * n / p.step_seconds:,.0f} {k}s/s" if n else "" for k, n in p.images.items())
     yield (f"A step takes {seconds(e.seconds)} ({seconds(e.low)} to {seconds(e.high)}), MFU {percent(p.mfu(e.seconds))} "

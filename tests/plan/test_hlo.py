@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mllm_jax.plan.executable import _instruction, hlo_text
 from mllm_jax.plan.hlo import Hlo, Instruction, arrays, elements, replica_groups
 from mllm_jax.plan.work import program_flops
 
@@ -40,19 +41,27 @@ def test_operations_are_those_counted_by_hand(name):
     assert program_flops(Hlo(jax.jit(function).lower(A, B).compile().as_text())) == expected
 
 
-def test_operations_of_a_tpu_program_are_too(tpu):
+@pytest.mark.parametrize("chips", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_operations_of_a_tpu_program_are_too(tpu, chips):
     """Where every product is a convolution in a fusion, and weights are gathered by layers."""
     from mllm_jax.plan.topology import not_kept
 
-    mesh = jax.sharding.Mesh(np.array(tpu("v5e:2x2").devices), ("x",))
+    mesh = jax.sharding.Mesh(np.array(tpu(chips).devices), ("x",))
     put = lambda shape, *spec: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=jax.sharding.NamedSharding(mesh, jax.P(*spec)))
 
     def layers(x, w):
         return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, w)[0]
 
     with not_kept():
-        module = Hlo(jax.jit(layers).lower(put((1024, 256), "x"), put((6, 256, 256), None, "x")).compile().as_text())
+        module = Hlo(hlo_text(jax.jit(layers).lower(put((1024, 256), "x"), put((6, 256, 256), None, "x")).compile()))
     assert program_flops(module) == 6 * 2 * (1024 // 4) * 256 * 256
+
+
+def test_an_update_keeps_its_first_operand_alone():
+    """An instruction as it is serialised: its opcode, three operands as they are packed, its name."""
+    name, start = b"\x0a\x01u", b"\x12\x0casync-update"
+    assert _instruction(data := name + start + b"\xa2\x02\x04\x07\xac\x02\x09", 0, len(data)) == name + start + b"\xa2\x02\x01\x07"
+    assert _instruction(data := name + b"\x12\x03add" + b"\xa2\x02\x02\x07\x09", 0, len(data)) == data
 
 
 def test_a_loop_that_depends_on_data_runs_as_often_as_is_said():
