@@ -59,9 +59,10 @@ def test_operations_of_a_tpu_program_are_too(tpu, chips):
 
 def test_an_update_keeps_its_first_operand_alone():
     """An instruction as it is serialised: its opcode, three operands as they are packed, its name."""
-    name, start = b"\x0a\x01u", b"\x12\x0casync-update"
-    assert _instruction(data := name + start + b"\xa2\x02\x04\x07\xac\x02\x09", 0, len(data)) == name + start + b"\xa2\x02\x01\x07"
-    assert _instruction(data := name + b"\x12\x03add" + b"\xa2\x02\x02\x07\x09", 0, len(data)) == data
+    update, add = b"\x0a\x01u\x12\x0casync-update", b"\x0a\x01u\x12\x03add\xa2\x02\x02\x07\x09"
+    three, one = update + b"\xa2\x02\x04\x07\xac\x02\x09", update + b"\xa2\x02\x01\x07"
+    assert _instruction(three, 0, len(three)) == one
+    assert _instruction(add, 0, len(add)) == add
 
 
 def test_a_loop_that_depends_on_data_runs_as_often_as_is_said():
