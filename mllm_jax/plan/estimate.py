@@ -291,12 +291,12 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
     memory = moved / (chip.hbm_rate * HBM_EFFICIENCY)
     big = [a for a in given if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16") and a.dims[-1] >= 16 and a.dims[-2] >= 128]
     said = {key: float(n) for key, n in re.findall(r'(flops|transcendentals)\\?"?:\s*\\?"?(\d+)', i.attr(r"cost_estimate(.*?\})") or "")}
-    if i.name.startswith("flash_") and said.get("transcendentals"):
+    if ("flash_fwd" in i.name or "flash_bwd" in i.name) and said.get("transcendentals"):
         # nn/flash.py counts the pairs that are looked at, each with one exponential.
-        cycles = chip.splash[3] + chip.splash[4] if i.name.startswith("flash_bwd") else chip.splash[0] + chip.splash[1]
+        cycles = chip.flash["flash_bwd" in i.name]
         wide = max(i.arrays[0].dims[-1], 128) / 128
         seconds = said["transcendentals"] / 512**2 * cycles * wide / chip.clock / chip.cores
-        replay.out.notes["attention was taken to need all pairs that are not ahead, and to take as long as splash attention for each"] += 1
+        replay.out.notes["attention was taken to need all pairs that are not ahead"] += 1
         return max(seconds, memory), said["flops"], moved
     if ("splash" in i.name or "flash" in i.name) and len(big) > 1:
         seconds, flops = splash(chip, i, big[0].dims, big[1].dims, causal=any(a.dtype == "s8" for a in given))

@@ -38,17 +38,19 @@ class Chip:
     # Cycles of a splash attention kernel, from its bundle schedule: forward per block of 512 x 512 and head, overhead of a
     # grid step, of a row of blocks; backward per block, overhead of a step.
     splash: tuple[float, ...] = (1192, 165, 363, 2428, 300)
+    # The same of nn/flash.py for a causal row of 4096, all in all: forward and backward (benchmarks/flash_cycles.py).
+    flash: tuple[float, float] = (1410, 2601)
 
 
 CHIPS = {
     "v4": Chip(peak=275e12, clock=1.05e9, hbm=32 * GIB, hbm_rate=1.23e12, link=4.5e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10,
-               per_host=4, host_cores=120, cores=2, splash=(1181, 420, 345, 2344, 330)),
+               per_host=4, host_cores=120, cores=2, splash=(1181, 420, 345, 2344, 330), flash=(2164, 2730)),
     "v5e": Chip(peak=197e12, clock=1.5e9, hbm=16 * GIB, hbm_rate=8.19e11, link=4.5e10, dims=2, wraps_at=16, dcn=3.125e9, host_rate=1.5e10,
                 per_host=4, host_cores=56),
     "v5p": Chip(peak=459e12, clock=1.75e9, hbm=95 * GIB, hbm_rate=2.765e12, link=9e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10,
-                per_host=4, host_cores=104, cores=2, splash=(1181, 420, 345, 2344, 330)),
+                per_host=4, host_cores=104, cores=2, splash=(1181, 420, 345, 2344, 330), flash=(1433, 2621)),
     "v6e": Chip(peak=918e12, clock=1.75e9, hbm=32 * GIB, hbm_rate=1.64e12, link=9e10, dims=2, wraps_at=16, dcn=1.25e10, host_rate=3.2e10,
-                per_host=4, host_cores=90, splash=(945, 220, 184, 1591, 250)),
+                per_host=4, host_cores=90, splash=(945, 220, 184, 1591, 250), flash=(1132, 1573)),
 }
 # libtpu looks for a machine with TPUs, and for a lock that says it is the only one; neither matters to a compiler.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",

@@ -5,10 +5,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 pytest.importorskip("libtpu")
 
-from mllm_jax.nn.attention import attend
+from mllm_jax.nn import stack
+from mllm_jax.nn.attention import Attention, attend
+from mllm_jax.nn.block_config import BlockConfig
+from mllm_jax.nn.param import merge, split
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.plan.topology import not_kept, topology
 from mllm_jax.sharding import Layout, rows, use
@@ -32,12 +36,15 @@ def lowered(layout: Layout, sizes: dict) -> jax.stages.Lowered:
         return jax.jit(jax.grad(loss)).lower(qkvs, array(jnp.int32, B, S))
 
 
+def calls(text: str) -> list[str]:
+    return sorted(re.findall(r"%[\w.]*flash_(fwd|bwd)[\w.]* = .*? custom-call", text))
+
+
 def test_heads_of_every_size_compile_on_a_mesh_without_scores(capfd):
     with not_kept():
         text = lowered(Layout(mesh={"fsdp": 2, "tensor": 2}), SIZES).compile().as_text()
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    calls = re.findall(r"%[\w.]*flash_(fwd|bwd)[\w.]* = .*? custom-call", text)
-    assert sorted(calls) == ["bwd"] * len(SIZES) + ["fwd"] * len(SIZES)
+    assert calls(text) == ["bwd"] * len(SIZES) + ["fwd"] * len(SIZES)
     long = {size for size in re.findall(r"\[([\d,]+)\]", text) if sum(int(n) >= S for n in size.split(",")) > 1}
     assert not long
 
@@ -45,3 +52,14 @@ def test_heads_of_every_size_compile_on_a_mesh_without_scores(capfd):
 def test_xla_is_used_where_the_layout_says_so():
     text = lowered(Layout(mesh={"data": 4}, attention="xla"), {64: (4, 4)}).as_text()
     assert "tpu_custom_call" not in text and f"x{S}x{S}x" in text
+
+
+def test_attention_that_is_kept_is_not_computed_again():
+    mesh = (layout := Layout(mesh={"data": 4}, remat="qkv+attention")).make_mesh(list(topology("v5e:2x2").devices))
+    cfg = BlockConfig(width=256, mlp=1, heads=4)
+    with use(layout, mesh), not_kept():
+        graph, params = split(nnx.eval_shape(lambda: stack.make([lambda r: Attention(cfg, rngs=r)], 2, rngs=nnx.Rngs(0))))
+        step = lambda x, layer, *_: (x + layer(x)[0], None)
+        loss = lambda params, x: jnp.sum(stack.run(merge(graph, params), step, x, depth=2)[0])
+        x = jax.ShapeDtypeStruct((4, 512, 256), jnp.float32, sharding=rows(mesh))
+        assert calls(jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()) == ["bwd", "fwd"]
