@@ -185,7 +185,10 @@ def _start(split: Split, matrix, j) -> jax.Array:
 
 
 def _columns(split: Split, matrix, j, dtype) -> jax.Array:
-    """This chip's columns of turn j, whole: f[d/outer/inner v] -> f[d block]."""
+    """This chip's columns of turn j, whole: f[d/outer/inner v] -> f[d block].
+
+    Fetched when they are used: one turn ahead, v5e's compiler hides 8 ms of transfers in 157 and makes the matmuls 21 ms slower.
+    """
     part = jax.lax.dynamic_slice_in_dim(matrix, _start(split, matrix, j), split.g * split.block, axis=1).astype(dtype)
     part = jax.lax.all_to_all(part, split.inner, 1, 0, tiled=True) if split.g > 1 else part
     return jax.lax.all_gather(part, split.outer, axis=0, tiled=True)
