@@ -157,10 +157,10 @@ def turns_of(program: programs.Program, supervised: float) -> int:
 def text(p: Plan) -> Iterator[str]:
     """The plan on one screen."""
     shape = " ".join(f"{k}={n}" for k, n in p.mesh.items() if n > 1) or "one chip"
-    room = "".join(f", room for {n} {m}{'s' * (n > 1)}" for m, n in p.images.items())
-    yield f"{p.recipe}, stage {p.stage}, on {p.on}: {p.chips} chips, {p.on.hosts} hosts"
-    yield (f"  mesh {shape}; {p.layout.dtype}, remat {p.layout.remat}, {p.layout.microbatches} microbatch{'es' * (p.layout.microbatches > 1)}")
-    yield (f"  a step is {p.rows} rows of {p.seq_len:,} positions{room}; {short(p.parameters)} parameters, {short(p.trained)} of them train")
+    room = "".join(f", room for {many(n, m)}" for m, n in p.images.items())
+    yield f"{p.recipe}, stage {p.stage}, on {p.on}: {many(p.chips, 'chip')}, {many(p.on.hosts, 'host')}"
+    yield (f"  mesh {shape}; {p.layout.dtype}, remat {p.layout.remat}, {many(p.layout.microbatches, 'microbatch')}")
+    yield (f"  a step is {many(p.rows, 'row')} of {p.seq_len:,} positions{room}; {short(p.parameters)} parameters, {short(p.trained)} of them train")
     yield ""
     if not p.fits:
         yield f"It does not fit: {said(p.refusal)}"
@@ -219,8 +219,12 @@ def audited(p: Plan, most: int = 8) -> Iterator[str]:
 
 def said(refusal: str) -> str:
     """What the compiler says about memory, in one line."""
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", refusal)
-    return f"the program needs {used[1]} of {used[2]}" if used else refusal[:200]
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", refusal) or re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", refusal)
+    return f"the compiler needs {used[1]}iB where {used[2]}iB are free" if used else refusal[:200]
+
+
+def many(n: int, what: str) -> str:
+    return f"{n:,} {what}{'es' if what.endswith('h') else 's'}" if n != 1 else f"1 {what}"
 
 
 def size(n: float) -> str:

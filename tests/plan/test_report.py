@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from mllm_jax.cli import main
+from mllm_jax.launch import layouts
+from mllm_jax.plan import program as programs
 from mllm_jax.plan.audit import replicated
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import alive, memory, shard_bytes
-from mllm_jax.plan.report import network_of
+from mllm_jax.plan.page import page
+from mllm_jax.plan.report import Options, as_json, network_of, plan, text
 
 
 def test_memory_by_kind_is_what_the_compiler_counts(one_slice):
@@ -39,11 +42,11 @@ def test_what_the_schedule_keeps_alive_is_what_the_compiler_allots(tpu):
     assert max(size for size, _ in live) == 8 * 32_768 // 4 * 1024 * 2
 
 
-def test_a_plan_is_printed_and_written(one_slice, tmp_path, capsys):
+def test_a_plan_is_printed_and_written(tpu, tmp_path, capsys):
     files = {k: tmp_path / f"plan.{k}" for k in ("json", "html")}
     code = main(["plan", "projector/llava_15", "--tiny", "--topology", "v5e:2x2", "--slices", "2", "stages.instruct.data.batch_size=16",
                  "--price", "2", "--host-images-per-second", "100", "--json", str(files["json"]), "--html", str(files["html"])])
-    said, made, page = capsys.readouterr().out, json.loads(files["json"].read_text()), files["html"].read_text()
+    said, made, html = capsys.readouterr().out, json.loads(files["json"].read_text()), files["html"].read_text()
     assert code == 0 and said.startswith("projector/llava_15, stage instruct, on 2 x v5e:2x2: 8 chips, 2 hosts")
     assert made["fits"] and made["chips"] == 8 and made["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     step = made["step_seconds"]
@@ -63,7 +66,20 @@ def test_a_plan_is_printed_and_written(one_slice, tmp_path, capsys):
     for part in ("It fits", "MFU", "bound by input", "all-gather", "a million examples cost", "no tensor above 1 MiB is replicated"):
         assert part in said, part
     for part in ("<!doctype html>", "Memory of a chip", "Between chips", "between slices", "What takes longest"):
-        assert part in page, part
+        assert part in html, part
+
+
+def test_what_does_not_fit_is_said_with_what_to_try(tpu, llava, monkeypatch):
+    """In the compiler's words of today; a program that is too large takes minutes to be refused."""
+    refusal = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+               "(25.55G) exceeds available HBM (15.75G). HLO module: jit_step.")
+    monkeypatch.setattr(programs, "compile", lambda p: programs.Compiled(program=p, executable=None, refusal=refusal, seconds=1.0))
+    made = plan("projector/llava_15", llava, "instruct", tpu("v5e:2x2"), layouts.find("auto", "tpu"), Options(measure=0))
+    assert not made.fits
+    said = "\n".join(text(made))
+    assert "It does not fit: the compiler needs 25.55GiB where 15.75GiB are free\n" in said and "try more microbatches" in said
+    assert "It does not fit" in page(made) and "25.55GiB" in page(made)
+    assert as_json(made)["refusal"] == refusal
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
