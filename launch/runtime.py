@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm_jax.config import RESTART
+from mllm_jax.config import RESTART, Restart
 
 MEBIBYTE = 1 << 20
 
@@ -106,6 +106,9 @@ def start(
 
     `cache`: compiled programs are kept in ~/.cache/mllm_jax, or in the folder given, and found again by the next
     run.  `distributed`: None means that other processes are joined where a cluster's variables are set.
+
+    Raises:
+      Restart: a device cannot be opened, or the other processes do not come.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -131,9 +134,13 @@ def start(
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     found = cluster(os.environ)
-    if distributed or (distributed is None and found):
-        join(found)
-    return Runtime(process=jax.process_index(), processes=jax.process_count(), cluster=found, stop=on_sigterm())
+    try:
+        if distributed or (distributed is None and found):
+            join(found)
+        process, processes = jax.process_index(), jax.process_count()           # opens the devices
+    except RuntimeError as error:       # no fault of the run: a process that is late, or chips that another one still holds
+        raise Restart(f"the devices or the other processes cannot be reached: {' '.join(str(error).split())}") from error
+    return Runtime(process=process, processes=processes, cluster=found, stop=on_sigterm())
 
 
 def pretended_devices(layout: str) -> int:

@@ -8,12 +8,12 @@ import re
 import shlex
 from dataclasses import field
 
-from mllm_jax.config import ConfigError, config
+from mllm_jax.config import RESTART, ConfigError, config
 from mllm_jax.launch.chips import CHIPS, shape_of
 from mllm_jax.launch.layouts import Machine
 
 FINAL = (1, 2)                          # exit codes that a restart would not mend
-AGAIN = 75                              # of a run that was asked to stop, or lost a process: EX_TEMPFAIL of sysexits.h
+AGAIN = RESTART                         # of a run that was asked to stop, or lost a process
 GRACE = 300                             # s to save in after SIGTERM; a machine that is taken back may give less
 MOUNT = "/bucket"                       # where the bucket is, inside a container
 # How it is mounted.  A checkpoint is a folder that gets its name when it is whole, and gcsfuse renames none that is not empty unless it may;

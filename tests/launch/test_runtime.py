@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mllm_jax.config import RESTART
 from mllm_jax.launch.runtime import cluster
 
 
@@ -35,6 +36,15 @@ print(json.dumps({"devices": jax.device_count(), "processes": runtime.processes,
 def test_a_start_gives_devices_a_cache_and_one_process(tmp_path):
     got = python(START, XDG_CACHE_HOME=str(tmp_path), OMP_NUM_THREADS="3")
     assert got == {"devices": 8, "processes": 1, "omp": "3", "loops": True, "cache": str(tmp_path / "mllm_jax" / "xla"), "stop": False}
+
+
+def test_devices_that_cannot_be_opened_end_a_run_with_the_code_that_restarts(tmp_path):
+    """A platform that is not there stands for chips that the run before still holds."""
+    done = subprocess.run([sys.executable, "-m", "mllm_jax.cli", "train", "first/digits", "--tiny", "--out", str(tmp_path / "run")],
+                          env={**os.environ, "JAX_PLATFORMS": "abacus,cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == RESTART and not (tmp_path / "run").exists()
+    assert done.stderr.splitlines()[-1].startswith("mllm-jax train: the devices or the other processes cannot be reached: Unable to initialize")
 
 
 def test_sigterm_is_noticed_and_not_fatal():

@@ -66,7 +66,7 @@ def test_what_stops_one_process_stops_both_at_the_same_step(tmp_path: Path):
         while not (log.exists() and log.read_bytes().count(b"\n") >= lines) and time.monotonic() < limit:
             time.sleep(0.01)
 
-    hosts = start(tmp_path)
+    hosts = start(tmp_path, "--profile", "2:1")
     until(3)
     hosts[1].send_signal(signal.SIGTERM)        # one machine alone is taken back
     lines = end(hosts, [RESTART] * 2)
@@ -88,6 +88,12 @@ def test_what_stops_one_process_stops_both_at_the_same_step(tmp_path: Path):
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and done < len(steps) < STEPS
     assert saved()[-1] == max(done, len(steps) // 10 * 10)      # a bad record saves nothing, for one process as for two
+
+    # The time of all three starts is accounted for, and both processes traced the second step of the first.
+    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert beat["starts"] == 3 and 0 < beat["goodput"] < 1 and beat["seconds"]["restore"] > 0 and beat["stage"] == "align"
+    traced = sorted((log.parent / "profile").rglob("*.xplane.pb"))
+    assert [path.relative_to(log.parent / "profile").parts[0] for path in traced] == ["process-0", "process-1"]
 
 
 def test_a_process_that_hangs_ends_all_and_leaves_the_stacks_of_each(tmp_path: Path):
