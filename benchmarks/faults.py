@@ -81,7 +81,6 @@ def child(path: str, argv: list[str]) -> int:
 
     if cluster(os.environ):
         supervise()
-    sys.modules["torch"] = None         # transformers would import it, for a third of the time of a start
     from mllm_jax import cli
     from mllm_jax.train import feed, log, loop
 

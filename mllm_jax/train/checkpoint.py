@@ -75,7 +75,8 @@ class Checkpoints:
         self.settle()
         parts = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
         parts |= {"ema": state.ema} if state.ema is not None else {}
-        meta = {**meta, "step": step, "data_states": gather(data_state), "versions": versions()}
+        # As one text: Orbax would write each number of it as an array with files of its own.
+        meta = {**meta, "step": step, "data_states": json.dumps(gather(data_state)), "versions": versions()}
 
         def begin() -> None:
             context = ocp.Context()
@@ -155,7 +156,7 @@ class Checkpoints:
             frozen = ocp.load(self.folder / "frozen", abstract.frozen) if abstract.frozen else {}
         state = TrainState(step=found["state"]["step"], params=found["state"]["params"], frozen=frozen,
                            opt_state=found["state"]["opt_state"], ema=found["state"].get("ema"))
-        return state, found["meta"]["data_states"], found["meta"]
+        return state, json.loads(found["meta"]["data_states"]), found["meta"]
 
     def _put_aside(self, broken: Mapping[int, CheckpointError], used: int) -> None:
         """Moves checkpoints that cannot be read out of the way, to be looked at; nothing is deleted."""
