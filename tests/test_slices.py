@@ -1,6 +1,5 @@
 """Meshes over several slices: which devices are neighbours, on machines that say so and on CPUs that pretend."""
 
-import os
 from dataclasses import replace
 
 import jax
@@ -17,14 +16,9 @@ from mllm_jax.sharding import Layout, host_share, row_shards
 def devices_of():
     """Those of a topology that is not here: (chip, shape of a slice, slices) -> devices; needs libtpu."""
     pytest.importorskip("libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
+    from mllm_jax.plan.topology import topology
 
-    # A chip of v4 is two devices unless it is asked for as one, as machines do.
-    more = lambda chip: {"chip_config_name": "megacore"} if chip == "v4" else {}
-    return lambda chip, shape, slices=1: list(topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{chip}:{shape}", num_slices=slices, **more(chip)).devices)
+    return lambda chip, shape, slices=1: list(topology(f"{chip}:{shape}", slices).devices)
 
 
 def test_data_goes_over_the_slices_as_jax_would_have_it(devices_of):
