@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import ConfigError, config
-from mllm_jax.nn.param import Linear, Params, normal, param, project, zeros
+from mllm_jax.nn.fusion import project
+from mllm_jax.nn.param import Linear, Params, normal, param, zeros
 from mllm_jax.sharding import compute_dtype
 
 LEAVES = ("lora/a", "lora/b")

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from mllm_jax.nn.block_config import BlockConfig
+from mllm_jax.nn.fusion import once, once_back
 from mllm_jax.nn.param import Linear
 from mllm_jax.nn.remat import keep
 
@@ -30,5 +31,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        y = keep(self.up(x), "mlp")
-        return self.down(act(y) if self.gate is None else act(keep(self.gate(x), "mlp")) * y)
+        y = once_back(keep(self.up(x), "mlp"))
+        return self.down(once(act(y) if self.gate is None else act(once_back(keep(self.gate(x), "mlp"))) * y))

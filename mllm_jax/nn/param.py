@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.config import config
+from mllm_jax.nn.fusion import once_back, project
 from mllm_jax.sharding import compute_dtype, constrain
 
 Params = dict[str, jax.Array]
@@ -69,11 +70,6 @@ class Linear(nnx.Module):
         if self.lora is not None:
             y = y + self.lora(x.astype(dtype))
         return y if self.bias is None else y + self.bias[...].astype(dtype)
-
-
-def project(x: jax.Array, kernel: jax.Array, n: int = 1) -> jax.Array:
-    """Contracts the last n axes of x with the first n of the kernel."""
-    return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
 
 
 class Embedding(nnx.Module):
@@ -134,7 +130,7 @@ class LayerNormLayer(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return once_back((y * self.scale[...] + self.bias[...]).astype(x.dtype))
 
 
 class RMSNormLayer(nnx.Module):
@@ -145,4 +141,4 @@ class RMSNormLayer(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * (self.offset + self.scale[...])).astype(x.dtype)
+        return once_back((y * (self.offset + self.scale[...])).astype(x.dtype))

