@@ -180,7 +180,7 @@ def _ids(tokenizer: Any, image_token: int | None, seq_len: int | None, cfg: Any)
 
         image_token = placeholder(tokenizer, "image")[1] if image_token is None else image_token
         films = [tower.kinds["video"].layout for tower in cfg.inputs.values() if "video" in tower.also]
-        video = placeholder(tokenizer, films[0].token or "video")[1] if films else None
+        video = placeholder(tokenizer, films[0] and films[0].token or "video")[1] if films else None
     added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
     return Ids(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id, image=image_token, video=video,
                length=seq_len, tokens=added)
