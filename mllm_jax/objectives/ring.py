@@ -35,10 +35,17 @@ def contrast(kind: Kind, x: jax.Array, y: jax.Array, scale: jax.Array, bias: jax
     Only rows with real f32[b] = 1 count.  The similarity is scale times the largest product of a pair's vectors, plus bias.
     With softmax the loss of a row is the mean of both directions.  Only the sum of losses has a gradient, not to `real`.
     """
-    return _forward(kind, x, y, scale, bias, real)[0]
+    return _sums(kind, x, y, scale, bias, real)[0]
 
 
-def _forward(kind: Kind, x, y, scale, bias, real):
+def _forward(kind: Kind, *given):
+    values = tuple(a.value for a in given)
+    sums, lse = _sums(kind, *values)
+    wanted = tuple(() if a.perturbed else None for a in given[:2])      # static, as a leaf of the saved values would not be
+    return sums, (*values, lse, wanted)
+
+
+def _sums(kind: Kind, x, y, scale, bias, real):
     number = jnp.sum(real)
 
     def local(axes, x, y, scale, bias, real):
@@ -75,7 +82,7 @@ def _forward(kind: Kind, x, y, scale, bias, real):
 
     rows = P(_axes(len(real)))
     sums, lse = _spread(local, len(real), (rows, rows, P(), P(), rows), ((P(), P()), rows))(x, y, scale, bias, real)
-    return sums, (x, y, scale, bias, real, lse)
+    return sums, lse
 
 
 def _smoothed(kind: Kind, side: dict[str, jax.Array], own: jax.Array, number: jax.Array) -> jax.Array:
@@ -86,14 +93,16 @@ def _smoothed(kind: Kind, side: dict[str, jax.Array], own: jax.Array, number: ja
 
 
 def _backward(kind: Kind, saved, cotangents):
-    x, y, scale, bias, real, lse = saved
-    up = cotangents[0]
+    x, y, scale, bias, real, lse, wanted = saved
+    want_x, want_y = (a is not None for a in wanted)
+    up = jnp.zeros(()) if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero) else cotangents[0]
     even = kind.smoothing / jnp.maximum(jnp.sum(real), 1)
 
     def local(axes, x, y, scale, bias, real, lse, up, even):
         def block(mine, row, theirs, column, hot, before):
             (x, real, *row_lse), (y, there, *column_lse) = mine, theirs
-            similar, pull = jax.vjp(alike, x, y)
+            moved = ({"x": x} if want_x else {}) | ({"y": y} if want_y else {})
+            similar, pull = jax.vjp(lambda moved: alike(**{"x": x, "y": y, **moved}), moved)
             logits = scale * similar + bias
             weight = up * real[:, None] * there
             if kind.softmax:
@@ -103,19 +112,22 @@ def _backward(kind: Kind, saved, cotangents):
                 both = forth + back
             else:
                 both = weight * jnp.where(hot, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
-            if kind.candidates_learn:
-                dx, dy = pull(scale * both)
-            else:
-                dx, dy = pull(scale * forth)[0], pull(scale * back)[1]
-            row = {"x": row["x"] + dx, "scale": row["scale"] + jnp.sum(both * similar, axis=1), "bias": row["bias"] + jnp.sum(both, axis=1)}
-            return row, {"y": column["y"] + dy}
+            row["scale"] += jnp.sum(both * similar, axis=1)
+            row["bias"] += jnp.sum(both, axis=1)
+            to_x, to_y = (pull(scale * both)[0],) * 2 if kind.candidates_learn else (pull(scale * forth)[0], pull(scale * back)[0])
+            if want_x:
+                row["x"] += to_x["x"]
+            if want_y:
+                column["y"] += to_y["y"]
+            return row, column
 
         zero = jnp.zeros(real.shape, jnp.float32)
-        row = {"x": jnp.zeros(x.shape, jnp.float32), "scale": zero, "bias": zero}
-        row, column = _meet(axes, block, (x, real, *lse[:1]), row, (y, real, *lse[1:]), {"y": jnp.zeros(y.shape, jnp.float32)})
+        row = {"scale": zero, "bias": zero} | ({"x": jnp.zeros(x.shape, jnp.float32)} if want_x else {})
+        column = {"y": jnp.zeros(y.shape, jnp.float32)} if want_y else {}
+        row, column = _meet(axes, block, (x, real, *lse[:1]), row, (y, real, *lse[1:]), column)
         sums = jnp.sum(row["scale"]), jnp.sum(row["bias"])
         sums = jax.lax.psum(sums, axes) if axes else sums
-        return row["x"].astype(x.dtype), column["y"].astype(y.dtype), *sums
+        return row["x"].astype(x.dtype) if want_x else None, column["y"].astype(y.dtype) if want_y else None, *sums
 
     rows = P(_axes(len(real)))
     given = (rows, rows, P(), P(), rows, rows, P(), P())
@@ -123,7 +135,7 @@ def _backward(kind: Kind, saved, cotangents):
     return dx, dy, dscale.astype(scale.dtype), dbias.astype(bias.dtype), jnp.zeros_like(real)
 
 
-contrast.defvjp(_forward, _backward)
+contrast.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def alike(x: jax.Array, y: jax.Array) -> jax.Array:

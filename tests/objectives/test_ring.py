@@ -82,3 +82,16 @@ def test_rows_that_do_not_divide_over_the_devices_are_compared_all_the_same():
     with sharding.use(layout, layout.make_mesh()):
         got = jax.jit(lambda *given: contrast(KINDS["infonce"], *given)[0])(*given)
     assert float(got) == pytest.approx(float(whole(KINDS["infonce"], *given)[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_frozen_side_has_no_gradient_and_costs_none(learn: bool):
+    """The others are what they are when all learn; matmuls: of the loss, again for gradients, and one for each side that learns."""
+    given, kind = case(several=False), Kind(softmax=True, candidates_learn=learn)
+    loss = lambda *given: contrast(kind, *given)[0]
+    everything = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*given)
+    for wanted, matmuls in (((0,), 3), ((1,), 3), ((2, 3), 2)):
+        for got, want in zip(jax.jit(jax.grad(loss, wanted))(*given), (everything[i] for i in wanted), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        traced = str(jax.make_jaxpr(jax.grad(loss, wanted))(*given)).count("dot_general[")
+        assert traced == matmuls + (not learn and wanted != (2, 3)), wanted      # of two directions one is left for the compiler to drop
