@@ -198,7 +198,8 @@ STAYS = ("worker", "storage")           # the run goes on through these
 def disturbed(folder: Path, out: Path, faults: int, rng: random.Random, **run: Any) -> dict[str, Any]:
     """Starts the run until it is done; what was done to it, and what that cost."""
     counts, starts, redone, done = collections.Counter(), 0, [], False
-    left = [KINDS[i % len(KINDS)] for i in range(faults)]
+    kinds = [kind for kind in KINDS if kind != "worker" or run["workers"]]
+    left = [kinds[i % len(kinds)] for i in range(faults)]
     rng.shuffle(left)
     while not done:
         number = rng.choice((1, 2))
@@ -252,11 +253,12 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1, help="reading processes of each shard; 0: none, and none are killed (default: 1)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
     write_records(folder)
-    run = {"steps": 14 * args.faults + 20, "save_every": args.save_every, "pack": True, "workers": 1}
+    run = {"steps": 14 * args.faults + 20, "save_every": args.save_every, "pack": True, "workers": args.workers}
     codes, errors = ended(start(folder, folder / "whole", 1, **run))
     if codes != [0]:
         raise SystemExit(errors[0])
