@@ -76,7 +76,7 @@ def test_eight_devices_give_the_loss_and_the_gradient_of_one(monkeypatch, capfd)
     model = replace(model, inputs={"image": replace(tower, encoder=replace(tower.encoder, window=4, full=(2,)))})
     monkeypatch.setitem(test_step.CASES, "native", (lambda: model, {"lm": NextToken()}))
     want, want_scores = test_step.gradients("native", test_step.ONE)
-    grads, scores = test_step.gradients("native", test_step.LAYOUTS["data-fsdp-tensor"])
+    grads, scores = test_step.gradients("native", test_step.LAYOUTS["two slices of fsdp-tensor"])
     assert scores == pytest.approx(want_scores, rel=1e-5)
     for name, g in want.items():
         # Relative to the largest entry of the tensor: float32 sums in another order.

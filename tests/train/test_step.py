@@ -83,7 +83,7 @@ def test_a_layout_changes_neither_loss_nor_gradient(case: str, layout: str, alon
 def test_so_does_splitting_parameters_where_their_names_do_not(alone: Callable, monkeypatch: pytest.MonkeyPatch):
     """Which only large ones are; here all of them, and a norm's scale lies on four devices."""
     monkeypatch.setattr(sharding, "LARGE", 1)
-    layout = LAYOUTS["data-fsdp-tensor"]
+    layout = LAYOUTS["two slices of fsdp-tensor"]
     assert sharding.parameter_spec(("embed",), (64,), layout.rules, layout.make_mesh()) == jax.P(("fsdp", "tensor"))
     grads, scores = gradients("mllm", layout)
     want, want_scores = alone("mllm")
