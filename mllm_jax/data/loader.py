@@ -100,7 +100,9 @@ class Loader:
         for name, source in self.sources.items():
             if not len(source):
                 raise ConfigError(f"the source {name!r} has no records")
-        self.threads = {name: min(4, os.cpu_count() or 1) if _waits(self.entries(name)) else 0 for name in weights}
+        # Where there are workers, what a record may do to a process it does to one of them.
+        reading = lambda name: bool(data.workers) or _waits(self.entries(name))
+        self.threads = {name: min(4, os.cpu_count() or 1) if reading(name) else 0 for name in weights}
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
