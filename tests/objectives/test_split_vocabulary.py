@@ -8,9 +8,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax import sharding
+from mllm_jax.objectives import NextToken, split_vocabulary
 from mllm_jax.objectives import cross_entropy as ce
-from mllm_jax.objectives import split_vocabulary
 from mllm_jax.sharding import BATCH_AXES, Layout
+from mllm_jax.types import Batch, Outputs
 
 B, S, D, V = 8, 6, 16, 50
 # (mesh, bytes of a group's tokens, logits at a time) -> chips that share tokens, columns of a block, turns
@@ -81,3 +82,23 @@ def test_a_matrix_that_no_axis_of_rows_splits_stays_whole():
         with sharding.use(layout, layout.make_mesh()):
             assert split_vocabulary.plan(hidden, unembed, 100) is None
             assert split_vocabulary.plan(hidden, unembed[:-1], 100) is None
+
+
+def test_trained_positions_are_gathered_on_a_mesh_as_well(capfd: pytest.CaptureFixture):
+    """Where the batch names them: the loss and gradients of all positions, and no array copied to every device on the way."""
+    hidden, unembed, targets, weights = case()
+    there = [np.flatnonzero(row) for row in np.asarray(weights)]
+    trained = jnp.asarray([np.pad(row, (0, 5 - len(row)), constant_values=-1) for row in there])
+    layout = Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    with sharding.use(layout, mesh := layout.make_mesh()):
+        put = lambda x: jax.device_put(x, sharding.rows(mesh))
+        matrix = jax.device_put(unembed, sharding.sharding_of(("embed", "vocab"), unembed.shape, layout, mesh))
+        batch = Batch(tokens=put(targets), targets=put(targets), weights=put(weights), segments=put(targets), kinds=put(targets),
+                      positions=put(jnp.zeros((B, S, 3), jnp.int32)), trained=put(trained))
+        score = lambda hidden, unembed, batch: NextToken().score(Outputs(hidden=hidden, unembed=unembed), batch)["loss"].total
+        got, gradients = jax.jit(jax.value_and_grad(score, (0, 1)))(put(hidden), matrix, batch)
+    want, expected = jax.value_and_grad(lambda *a: whole(*a, targets, weights, 0.0, 0.0)[0], (0, 1))(hidden, unembed)
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    for mine, theirs in zip(gradients, expected):
+        assert np.abs(mine - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
