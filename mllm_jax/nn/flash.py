@@ -30,6 +30,7 @@ from mllm_jax.sharding import current, current_mesh, spec
 from mllm_jax.types import record
 
 BLOCKS = (512, 384, 256, 128)           # positions
+ONE = 768                               # where all see all, so many are one block: images of 576 to 729 patches
 CHUNK = 1 << 20                         # bytes of keys that stay in fast memory
 VMEM = 48 << 20                         # bytes of fast memory that the compiler may give to a kernel
 LEAST = -1e37                           # the largest score of a query that has seen nothing
@@ -71,10 +72,11 @@ def attend_flash(
 ) -> jax.Array:
     """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; a query that sees nothing gives 0."""
     (b, s, h, _), (t, g) = q.shape, k.shape[1:3]
+    one = ONE if visibility is None else 0
     if visibility is None:
         ones = lambda n: jnp.ones((b, n), jnp.int32)
         visibility = Visibility(segments=ones(s), order=ones(s), key_segments=ones(t), key_order=ones(t))
-    block, key_block = block_of(s), block_of(t)
+    block, key_block = block_of(s, one), block_of(t, one)
     most = max(1, CHUNK // (-(-k.shape[-1] // 128) * 128 * k.dtype.itemsize * key_block))
     chunks = -(-(blocks := -(-t // key_block)) // most)
     per = -(-blocks // chunks)
@@ -96,9 +98,10 @@ def attend_flash(
     return rearrange(out, "b h s k -> b s h k")[:, :s]
 
 
-def block_of(n: int) -> int:
-    """The size of blocks for n positions: large ones are faster, and those that fill their last one waste less."""
-    return min(BLOCKS, key=lambda block: -(-n // block) * (block + 64))
+def block_of(n: int, one: int = 0) -> int:
+    """The size of blocks for n positions: large ones are faster, and those that fill their last one waste less; up to `one`
+    positions are one block."""
+    return -(-n // 128) * 128 if n <= one else min(BLOCKS, key=lambda block: -(-n // block) * (block + 64))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

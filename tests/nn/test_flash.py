@@ -62,6 +62,7 @@ def value_and_grads(attend, qkv, weight):
 def test_values_and_gradients_are_those_of_the_whole_matrix(monkeypatch, name):
     sees, window, g, s, chunks = CASES[name]
     monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(flash, "ONE", 0)
     monkeypatch.setattr(flash, "CHUNK", flash.CHUNK if chunks == 1 else 128 * 128 * 4)
     qkv, weight = inputs(g, s)
     if sees is not None:
@@ -130,6 +131,11 @@ def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, g):
     np.testing.assert_allclose(ours[0], want[0], rtol=1e-6)
     for name, grad in want[1].items():
         np.testing.assert_allclose(ours[1][name], grad, rtol=1e-4, atol=1e-5 * float(jnp.abs(grad).max()), err_msg=name)
+
+
+def test_blocks_waste_little():
+    assert [flash.block_of(n) for n in (300, 512, 1024, 1200, 4096)] == [384, 512, 512, 256, 512]
+    assert [flash.block_of(n, flash.ONE) for n in (577, 729, 1024)] == [640, 768, 512]
 
 
 def test_a_kernel_that_the_platform_lacks_is_named():
