@@ -10,6 +10,9 @@ row, which costs nothing to spread over the keys.  The backward pass is one kern
 while all queries pass, the gradients of keys and values are summed there, those of queries leave block by block.
 
 Under a mesh every device runs the kernel on its own rows and heads.
+
+Nothing here has run on a TPU yet: values and gradients come from the interpreter, and libtpu compiles it for v4, v5e, v5p and v6e
+(benchmarks/flash_cycles.py).
 """
 
 import math
