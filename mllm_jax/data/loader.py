@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -368,8 +369,21 @@ class _Good(grain.IterDataset):
         if self.workers:
             if not flags.FLAGS.is_parsed():         # Grain reads flags when it starts processes
                 flags.FLAGS.mark_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=16))
+            options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=16)
+            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
         return stream.__iter__()
+
+
+def _end_with_parent(*_: int) -> None:
+    """Called in a worker: it would wait for ever for a run that was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class _GoodIterator(grain.DatasetIterator):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -357,6 +358,9 @@ def test_workers_are_shared_by_weight():
 
 
 SCRIPT = """
+import multiprocessing
+import os
+import signal
 import sys
 from mllm_jax.data.loader import Loader
 from mllm_jax.data.tokenizer import load_tokenizer
@@ -371,8 +375,24 @@ if __name__ == "__main__":
     data = Data(sources={"t": 1.0}, batch_size=2, seq_len=32, workers=int(sys.argv[1]))
     batches = iter(Loader(data, {}, load_tokenizer("bytes"), rows=2, open=open_text))
     next(batches)
+    if sys.argv[2:]:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     print("done")
 """
+
+
+def test_workers_do_not_outlive_a_program_that_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    out = subprocess.run([sys.executable, "script.py", "1", "kill"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=120, check=False,
+                         stderr=subprocess.DEVNULL, env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": root})
+    workers = out.stdout.split()
+    assert out.returncode == -signal.SIGKILL and workers
+    limit = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

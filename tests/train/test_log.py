@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,20 @@ def test_every_step_is_written_and_the_loss_of_the_one_before_is_returned(tmp_pa
     assert written[0]["tokens_per_s"] == 100.0
     assert all(a["seconds"] < b["seconds"] for a, b in zip(written, written[1:], strict=False))
     assert list((tmp_path / "tb").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_lines_that_storage_does_not_take_are_written_when_it_does(tmp_path):
+    """The limit on files stands for a quota; the board, whose thread dies of it, does not stop a step either."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Log(tmp_path, total=60, title="align", stream=io.StringIO(), clock=Clock()) as log:
+        for n in range(1, 61):
+            if n == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (log.file.tell() + 20, hard))     # in the middle of a line
+            if n == 50:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            log.step(n, {"lm/loss": mean(2.0 * n, 2)}, **{f"rate_{i}": 1.0 for i in range(15)})
+    assert [r["step"] for r in rows(tmp_path)] == list(range(1, 61))
 
 
 def test_the_newest_step_is_not_waited_for(tmp_path, monkeypatch):
