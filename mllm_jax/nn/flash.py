@@ -73,12 +73,12 @@ def attend_flash(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, *, scale: float, window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; a query that sees nothing gives 0."""
+    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; a query that sees nothing gives 0.  Without visibility all see all."""
     (b, s, h, _), (t, g) = q.shape, k.shape[1:3]
     one = ONE if visibility is None else 0
     if visibility is None:
         ones = lambda n: jnp.ones((b, n), jnp.int32)
-        visibility = Visibility(segments=ones(s), order=ones(s), key_segments=ones(t), key_order=ones(t))
+        visibility, window = Visibility(segments=ones(s), order=ones(s), key_segments=ones(t), key_order=ones(t)), None
     block, key_block = block_of(s, one), block_of(t, one)
     most = max(1, CHUNK // (-(-k.shape[-1] // 128) * 128 * k.dtype.itemsize * key_block))
     chunks = -(-(blocks := -(-t // key_block)) // most)

@@ -29,7 +29,7 @@ def visible(order, segments=SEGMENTS):
 
 SPAN = PLACE.at[1, 10:180].set(10)
 CASES = {                               # visibility, window, key heads, queries, chunks of keys
-    "all see all": (None, None, 4, S, 1),
+    "all see all, whatever the window": (None, 7, 4, S, 1),
     "whole segments": (visible(PLACE * 0), None, 2, S, 3),
     "causal": (visible(PLACE), None, 4, S, 1),
     "causal, keys in chunks": (visible(PLACE), None, 1, S, 3),
