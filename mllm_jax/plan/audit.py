@@ -57,10 +57,9 @@ def of_state(program: Program, large: int = LARGE) -> Iterator[Replicated]:
 def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LARGE) -> list[Replicated]:
     """One entry for each operation of the source, of its largest array."""
     weights = _shapes_of_weights(program)
-    rows, local = program.stage.data.batch_size, program.stage.data.batch_size // math.prod(
-        program.mesh.shape[a] for a in BATCH_AXES if a in program.mesh.shape)
-    # A number that only the rows of the whole batch can be.
-    telling = rows not in {local, *_numbers(program)}
+    rows, shards = program.stage.data.batch_size, math.prod(program.mesh.shape[a] for a in BATCH_AXES if a in program.mesh.shape)
+    # A number that only the rows of the whole batch can be, and not the items of all rows of one chip.
+    telling = shards > 1 and rows not in _numbers(program) and shards not in _of_a_row(program)
     worst: dict[tuple[str, tuple[str, ...]], Replicated] = {}
     for name, body in hlo.computations.items():
         for i in body:
@@ -100,6 +99,11 @@ def _numbers(program: Program) -> set[int]:
     leaves = jax.tree.leaves((program.state.params, program.state.frozen))
     sizes = {d for x in leaves for d in (*x.shape, *x.sharding.shard_shape(x.shape))}
     return sizes | {program.spec.seq_len} | {n for room in program.spec.media.values() for n in (room.items, room.width, *room.grid)}
+
+
+def _of_a_row(program: Program) -> set[int]:
+    """What a row has so many of, and an array of several rows may have as one dimension with them."""
+    return {n for room in program.spec.media.values() for n in (room.items, room.num_tokens)}
 
 
 def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:

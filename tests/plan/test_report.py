@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from mllm_jax.cli import main
+from mllm_jax.config import load, override
 from mllm_jax.launch import layouts
 from mllm_jax.plan import program as programs
-from mllm_jax.plan.audit import replicated
+from mllm_jax.plan.audit import of_activations
+from mllm_jax.plan.executable import hlo_text
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import alive, memory, shard_bytes
 from mllm_jax.plan.page import page
@@ -95,8 +97,15 @@ def test_what_cannot_be_planned_is_one_line(arguments, message, tpu, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_nothing_of_a_step_is_replicated_and_the_audit_would_see_it(one_slice):
-    """At a threshold for miniatures; the batch of 16 rows is a number that nothing else has."""
+@pytest.mark.parametrize("name", ["projector/llava_15", "contrastive/siglip", "resampler/flamingo"])
+def test_no_activation_of_a_step_is_replicated(name, one_slice, tpu):
+    """At a threshold for miniatures.  The rows are a number that nothing else has, so that an array of all of them is seen."""
     compiled, hlo, on = one_slice
-    found = replicated(compiled.program, hlo, network_of(compiled.program, on), large=1 << 14)
+    if name != "projector/llava_15":
+        recipe = load(name).tiny()
+        stage, on = list(recipe.stages)[-1], tpu("v5e:2x2")
+        recipe = override(recipe, f"stages.{stage}.data.batch_size=28")
+        compiled = programs.compile(programs.lower(recipe, stage, layouts.find("auto:mesh.fsdp=2,mesh.tensor=2", "tpu"), list(on.devices)))
+        hlo = Hlo(hlo_text(compiled.executable))
+    found = of_activations(compiled.program, hlo, network_of(compiled.program, on), large=1 << 14)
     assert not found, found
