@@ -216,6 +216,8 @@ def disturbed(folder: Path, out: Path, faults: int, rng: random.Random, **run: A
             kind = left.pop()
             if kind == "freeze" and number == 1:
                 kind = "kill"           # nobody would notice but the watchdog of another machine
+            if kind == "storage" and number > 1:
+                kind = "SIGTERM"        # of several hosts Orbax waits for minutes for one whose write failed
             try:
                 inject(kind, out, hosts, rng)
             except ProcessLookupError:

@@ -49,11 +49,13 @@ class Checkpoints:
 
     def _open(self) -> None:
         """Looks at the folder anew; after a failure Orbax believes that the step was saved."""
+        self.stale = True               # until this is done
         if self.saver is not None:
             self._close_saver()
         self.saver = ocp.training.Checkpointer(
             self.folder / "checkpoints", preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
             cleanup_tmp_directories=jax.process_count() == 1)
+        self.stale = False
 
     def latest(self) -> int | None:
         return self.saver.latest.step if self.saver.latest else None
@@ -102,7 +104,8 @@ class Checkpoints:
         except Exception as e:          # noqa: BLE001  of any sort: it is told, and the next checkpoint is tried
             error = e
         if why := anywhere(error):
-            self._open()
+            with contextlib.suppress(Exception):
+                self._open()
             tell(f"could not save step {pending[0]} in {self.folder}: {why}; the next checkpoint is tried when it is due")
         return not why
 
@@ -115,10 +118,10 @@ class Checkpoints:
 
     def _persist(self, what: str, tree: Any, write: Callable[[], None]) -> None:
         """Writes, again and again until it succeeds or patience is at its end; hosts try together."""
-        for attempt, pause in enumerate([*pauses(self.patience), None]):
+        for pause in [*pauses(self.patience), None]:
             error = None
             try:
-                if attempt:
+                if self.stale:
                     self._open()
                 check_room(self.folder, tree)
                 write()
@@ -126,6 +129,7 @@ class Checkpoints:
                 error = e
             if not (why := anywhere(error)):
                 return
+            self.stale = True
             if pause is None:
                 with _explained(self, what):
                     raise error or OSError(why)
@@ -194,7 +198,8 @@ class Checkpoints:
         try:
             self.saver.close()
         except Exception:               # of a write that failed, which `wait` has told: Orbax tells each thread once more
-            self.saver.close()
+            with contextlib.suppress(Exception):
+                self.saver.close()
 
 
 def read_params(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool = False) -> Params:
@@ -355,8 +360,10 @@ class _explained:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, Exception):
             return
-        self.checkpoints.saver.reload()
-        last = self.checkpoints.latest()
+        last = None
+        with contextlib.suppress(Exception):
+            self.checkpoints.saver.reload()
+            last = self.checkpoints.latest()
         intact = f"the checkpoint of step {last} is intact" if last is not None else "there is no earlier checkpoint"
         raise CheckpointError(f"could not save {self.what} in {self.checkpoints.folder}: {cause(error)}; {intact}; "
                               "free space or choose another --out, and run again to resume") from error
