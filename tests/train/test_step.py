@@ -47,7 +47,7 @@ PAIRS = [(case, layout) for case in CASES for layout in (("two slices of fsdp-te
 ONE = Layout(mesh={"data": 1})
 
 
-def gradients(case: str, layout: Layout) -> tuple[dict, dict]:
+def gradients(case: str, layout: Layout, rows: int = 8) -> tuple[dict, dict]:
     """(gradients, scores) of one step, as numpy, under this layout."""
     make, objectives = CASES[case]
     mesh = layout.make_mesh(jax.devices()[: layout.slices * int(np.prod(list(layout.mesh.values())))])
@@ -60,7 +60,7 @@ def gradients(case: str, layout: Layout) -> tuple[dict, dict]:
         gradient = module._gradient if layout.microbatches == 1 else module._accumulated(layout.microbatches)
         model = lambda p: merge(blueprint.graph, p)
         run = jax.jit(lambda p, b: gradient(model, objectives, p, b))
-        grads, scores = run(params, to_device(batch_for(blueprint.cfg), mesh))
+        grads, scores = run(params, to_device(batch_for(blueprint.cfg, rows), mesh))
         return jax.tree.map(np.asarray, grads), {k: float(v.value) for k, v in scores.items()}
 
 
