@@ -9,6 +9,7 @@ losses.  It fails if an example was lost or repeated, or a loss differs by more 
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -84,7 +85,7 @@ def child(path: str, argv: list[str]) -> int:
     from mllm_jax import cli
     from mllm_jax.train import feed, log, loop
 
-    file, last, step = open(path, "a", buffering=1), {}, log.Log.step
+    file, last, step = open(path, "ab", buffering=0), {"rest": b""}, log.Log.step
 
     class Recorded(feed.Feed):
         def __next__(self) -> feed.Fed:
@@ -94,7 +95,9 @@ def child(path: str, argv: list[str]) -> int:
 
     def recorded(self: log.Log, n: int, *args: Any, **rates: float) -> float | None:
         info = last["info"]
-        file.write(json.dumps({"step": n, "ids": info.ids, "images": info.media.get("image", 0)}) + "\n")
+        last["rest"] += json.dumps({"step": n, "ids": info.ids, "images": info.media.get("image", 0)}).encode() + b"\n"
+        with contextlib.suppress(OSError):      # storage that fails is meant for the run, and meets this file too
+            last["rest"] = last["rest"][file.write(last["rest"]):]
         if n == int(os.environ.get("STOP_AT", 0)):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, n, *args, **rates)
