@@ -74,9 +74,11 @@ def test_a_layout_changes_neither_loss_nor_gradient(case: str, layout: str, alon
     grads, scores = gradients(case, LAYOUTS[layout])
     want, want_scores = alone(case)
     assert scores == pytest.approx(want_scores, rel=1e-5)
+    # Noise where a gradient is 0 but for rounding, as that of a key's bias.
+    noise = 1e-7 * max(1.0, *(np.abs(g).max() for g in want.values()))
     for name, g in want.items():
         # Relative to the largest entry of the tensor: float32 sums in another order.
-        assert np.abs(grads[name] - g).max() <= 1e-5 * np.abs(g).max() + 1e-7, name
+        assert np.abs(grads[name] - g).max() <= 1e-5 * np.abs(g).max() + noise, name
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
