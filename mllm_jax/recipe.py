@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import Any
 
-from mllm_jax.config import config
+from mllm_jax.config import ConfigError, config, nearest
 
 
 @config
@@ -108,6 +108,13 @@ class Recipe:
         """The same system small enough for a laptop: same code paths, small widths, data that is already here."""
         stages = {name: _tiny_stage(stage, stage.model or self.model) for name, stage in self.stages.items()}
         return replace(self, model=self.model.tiny(), stages=stages, tokenizer="bytes", params=None)
+
+    def stage_name(self, name: str | None = None, called: str = "the recipe") -> str:
+        """The name, or that of the last stage for None; raises ConfigError if there is no such stage."""
+        name = name or list(self.stages)[-1]
+        if name not in self.stages:
+            raise ConfigError(f"{called} has no stage {name!r}; nearest: {nearest(name, self.stages)}")
+        return name
 
 
 BUILT_IN = ("shapes", "digits")         # data that needs no files

@@ -5,6 +5,7 @@ many machines they have; GPU machines are a node each.  What surprises: it start
 """
 
 import json
+from textwrap import indent
 
 from mllm_jax.config import ConfigError
 from mllm_jax.launch.clusters import tpu_vm
@@ -39,7 +40,6 @@ def write(job: Job) -> str:
         wanted = f"accelerators: {GPUS[chip]}:{chips}"
     lines = "\n".join(f"  {k}: {json.dumps(v)}" for k, v in environment.items())
     join = JOIN if not tpu and slices > 1 else ""
-    command = job.shell.replace("\n", "\n  ")
     return f"""\
 # {job.name}: {slices} x {chip}-{chips}.  sky jobs launch FILE; docs/pods/skypilot.md is the whole way there and back.
 name: {job.name}
@@ -69,5 +69,5 @@ setup: |
 
 run: |
   conda activate mllm_jax
-{join}  {command}
+{join}{indent(job.shell, "  ")}
 """

@@ -7,6 +7,7 @@ again, and the run goes on from its checkpoint.  What surprises: when `watch` it
 """
 
 import shlex
+from textwrap import indent
 
 from mllm_jax.config import ConfigError
 from mllm_jax.launch.clusters.job import FINAL, FUSE, GRACE, MOUNT, Job
@@ -76,7 +77,7 @@ for attempt in $(seq 0 {job.restarts}); do
   docker run --name {job.name} --privileged --net=host --shm-size=16g --stop-timeout={GRACE} -v {MOUNT}:{MOUNT} \\
     {given} \\
     {shlex.quote(job.image)} \\
-  {_indent(job.shell, 2)}
+{indent(job.shell, "  ")}
   code=$?
   echo "attempt $attempt ended with exit code $code"
   case $code in
@@ -136,7 +137,3 @@ case "${{1:-}}" in
   *) echo "usage: bash $0 create | state | watch | log | delete | startup" >&2; exit 2 ;;
 esac
 """
-
-
-def _indent(text: str, n: int) -> str:
-    return text.replace("\n", "\n" + " " * n)

@@ -37,12 +37,17 @@ def start(args: argparse.Namespace, platform: str | None = None) -> tuple[Any, A
 
     import jax
 
+    return running, find_layout(name, jax.default_backend())
+
+
+def find_layout(name: str, platform: str) -> Any:
+    """The layout of that name, its words checked: tracing would refuse them only after the data are read, or machines rented."""
     from mllm_jax.launch import layouts
     from mllm_jax.nn.remat import policy
 
-    layout = layouts.find(name, jax.default_backend())
-    policy(layout.remat)                # raises now what tracing would raise after the data are read
-    return running, layout
+    layout = layouts.find(name, platform)
+    policy(layout.remat)
+    return layout
 
 
 def load_recipe(name: str, overrides: list[str] = (), *, tiny: bool = False) -> Any:

@@ -112,13 +112,10 @@ def _add_stage(parser: argparse.ArgumentParser) -> None:
 
 def _stage(args: argparse.Namespace) -> tuple[str, Any, Any, Any]:
     """(name, stage, towers, tokenizer) that the arguments mean."""
-    from mllm_jax.config import ConfigError, nearest
     from mllm_jax.data.vocabulary import recipe_tokenizer, stage_tokenizer
 
     recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
-    name = args.stage or list(recipe.stages)[-1]
-    if name not in recipe.stages:
-        raise ConfigError(f"{args.recipe} has no stage {name!r}; nearest: {nearest(name, recipe.stages)}")
+    name = recipe.stage_name(args.stage, called=args.recipe)
     stage = recipe.stages[name]
     model = stage.model or recipe.model
     return name, stage, model.inputs, stage_tokenizer(model, recipe_tokenizer(recipe, args.data_root))

@@ -56,11 +56,7 @@ def describe(name: str, recipe: Any, stage: str | None = None) -> Iterator[str]:
     Raises:
       ConfigError: no such stage.
     """
-    from mllm_jax.config import ConfigError, nearest
-
-    stage = stage or list(recipe.stages)[-1]
-    if stage not in recipe.stages:
-        raise ConfigError(f"{name} has no stage {stage!r}; nearest: {nearest(stage, recipe.stages)}")
+    stage = recipe.stage_name(stage, called=name)
     stages = {s: Planned(recipe, s) for s in recipe.stages}
     total, active = (max(getattr(p, x) for p in stages.values()) for x in ("total", "active"))
     sparse = f", of which a token uses {number(active)}" if active < total else ""

@@ -42,14 +42,13 @@ def run(args: argparse.Namespace) -> int:
     recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
 
     from mllm_jax.config import ConfigError
-    from mllm_jax.launch import layouts
     from mllm_jax.plan.page import page
     from mllm_jax.plan.report import Options, as_json, plan, text
     from mllm_jax.plan.topology import topology
 
     if not 0 < args.supervised <= 1:
         raise ConfigError(f"--supervised is {args.supervised}; it is a part of the positions, above 0 and at most 1")
-    made = plan(args.recipe, recipe, args.stage, topology(args.topology, args.slices), layouts.find(name, "tpu"),
+    made = plan(args.recipe, recipe, args.stage, topology(args.topology, args.slices), common.find_layout(name, "tpu"),
                 Options(price=args.price, host_images=args.host_images_per_second, supervised=args.supervised))
     print("\n".join(text(made)))
     if args.json:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax import sharding
-from mllm_jax.config import ConfigError, nearest
 from mllm_jax.data.batch import blank_batch
 from mllm_jax.data.pack import RowSpec, row_spec
 from mllm_jax.plan.topology import not_kept
@@ -49,14 +48,6 @@ class Compiled:
     executable: jax.stages.Compiled | None
     refusal: str                        # "" if there is an executable; otherwise that it does not fit, in the compiler's words
     seconds: float
-
-
-def stage_of(recipe: Recipe, name: str | None) -> str:
-    """The stage of that name, or the last one; raises ConfigError if there is none."""
-    name = name or list(recipe.stages)[-1]
-    if name not in recipe.stages:
-        raise ConfigError(f"the recipe has no stage {name!r}; nearest: {nearest(name, recipe.stages)}")
-    return name
 
 
 def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) -> Program:

@@ -115,7 +115,7 @@ def plan(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: Lay
     Raises:
       ConfigError: no such stage, or recipe, layout and topology do not fit together.
     """
-    stage = programs.stage_of(recipe, stage)
+    stage = recipe.stage_name(stage)
     program = programs.lower(recipe, stage, layout, list(on.devices))
     compiled = programs.compile(program)
     sizes = {k: math.prod(v.shape) for k, v in program.blueprint.shapes.items()}

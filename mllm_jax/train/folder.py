@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from mllm_jax import sharding
-from mllm_jax.config import ConfigError, compare, config, nearest, to_json
+from mllm_jax.config import ConfigError, compare, config, to_json
 from mllm_jax.data.loader import check_shards
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.vocabulary import recipe_tokenizer, stage_tokenizer
@@ -104,8 +104,7 @@ def prepare(recipe: Recipe, options: RunOptions) -> Run:
 def _check(recipe: Recipe, options: RunOptions) -> Mesh:
     """The mesh; raises ConfigError where recipe, layout and folder do not fit together."""
     for stage in options.stages or ():
-        if stage not in recipe.stages:
-            raise ConfigError(f"the recipe has no stage {stage!r}; nearest: {nearest(stage, recipe.stages)}")
+        recipe.stage_name(stage)
     mesh = options.layout.make_mesh()
     for name, stage in recipe.stages.items():
         sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, options.layout, mesh)

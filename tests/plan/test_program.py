@@ -11,7 +11,7 @@ from mllm_jax.data.batch import blank_batch  # noqa: E402
 from mllm_jax.data.loader import Loader  # noqa: E402
 from mllm_jax.data.pack import row_spec  # noqa: E402
 from mllm_jax.data.vocabulary import recipe_tokenizer  # noqa: E402
-from mllm_jax.plan.program import lower, stage_of  # noqa: E402
+from mllm_jax.plan.program import lower  # noqa: E402
 from mllm_jax.plan.topology import topology  # noqa: E402
 from mllm_jax.sharding import Layout  # noqa: E402
 
@@ -43,8 +43,8 @@ def test_the_state_comes_out_where_it_went_in_and_takes_its_place(one_slice):
 
 def test_what_does_not_fit_is_told_before_anything_is_compiled():
     recipe = load("projector/llava_15").tiny()
-    assert stage_of(recipe, None) == "instruct"
+    assert recipe.stage_name(None) == "instruct"
     with pytest.raises(ConfigError, match="no stage 'instruc'; nearest: instruct"):
-        stage_of(recipe, "instruc")
+        recipe.stage_name("instruc")
     with pytest.raises(ConfigError, match="stages.instruct.data.batch_size is 8; the layout needs a multiple of 16"):
         lower(recipe, "instruct", Layout(mesh={"fsdp": -1}), topology("v5e:4x4").devices)
