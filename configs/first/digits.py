@@ -41,7 +41,7 @@ def recipe() -> Recipe:
                 data=Data(sources={"digits_captions": 1.0}, batch_size=128, seq_len=24, template="clip"),
                 objectives={"itc": InfoNCE()},
                 optimizer=Adam(lr=1e-3, warmup=0.1, b2=0.98),
-                steps=500,
+                steps=420,
                 evals={"retrieval": Retrieval(source="digits_test", pool=100, limit=1_000)},
             ),
             "words": Stage(
@@ -49,7 +49,7 @@ def recipe() -> Recipe:
                 data=Data(sources={"digits_words": 1.0}, **rows),
                 objectives={"lm": NextToken()},
                 optimizer=Adam(lr=1e-3, warmup=0.1, b2=0.98),
-                steps=800,
+                steps=680,
             ),
             "align": Stage(
                 data=Data(sources={"digits_questions": 1.0}, items={"image": 3}, **rows),
@@ -63,7 +63,7 @@ def recipe() -> Recipe:
                 data=Data(sources={"digits_questions": 0.85, "digits_captions": 0.15}, items={"image": 4}, **rows),
                 objectives={"lm": NextToken()},
                 optimizer=Adam(lr=1e-3, warmup=0.05, b2=0.98),
-                steps=1_250,
+                steps=1_100,
                 evals={"answers": Answers(source="digits_test", limit=1_000, max_new_tokens=8, train="digits_questions",
                                           confusion=("which",), rows=100)},
             ),
