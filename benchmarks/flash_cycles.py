@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mllm_jax.chips import CHIPS
 from mllm_jax.nn.flash import block_of
-from mllm_jax.plan.topology import CHIPS, topology
+from mllm_jax.plan.topology import topology
 
 PRODUCTS = {"fwd": 2, "bwd": 5}
 

@@ -14,7 +14,7 @@ RUN = {*BASE, "nn", *PARTS, "models", "objectives", "data", "generate", "hf"}
 
 MAY_IMPORT = {                          # package -> packages of ours that it may import beside itself
     "config": {"configs"},              # `load` looks a recipe up by its name
-    "types": set(), "recipe": {"config"}, "sharding": {"config", "types"}, "hosts": {"config", "sharding"},
+    "types": set(), "recipe": {"config"}, "chips": {"config"}, "sharding": {"config", "types"}, "hosts": {"config", "sharding"},
     "nn": {"config", "types", "sharding"},
     "encoders": {"config", "types", "sharding", "nn"},
     "connectors": {"config", "types", "sharding", "nn"},
@@ -27,9 +27,9 @@ MAY_IMPORT = {                          # package -> packages of ours that it ma
     "train": {*RUN, "evaluation"},
     "evaluation": RUN,
     "configs": {*RUN, "evaluation", "train"} - {"hf"},
-    "launch": {"config", "sharding"},
-    "plan": {*RUN, "train", "evaluation", "configs"},
-    "commands": {*RUN, "train", "evaluation", "configs", "launch", "plan"},
+    "launch": {"config", "chips", "sharding"},
+    "plan": {*RUN, "chips", "train", "evaluation", "configs"},
+    "commands": {*RUN, "chips", "train", "evaluation", "configs", "launch", "plan"},
     "cli": {"config", "commands", "data", "launch"},
 }
 # Stronger than the list: workers that read data touch no device.

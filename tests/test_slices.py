@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from mllm_jax.chips import CHIPS, shape_of
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.chips import CHIPS, shape_of
 from mllm_jax.launch.layouts import LAYOUTS, auto, machine
 from mllm_jax.sharding import Layout, host_share, row_shards
 
@@ -48,7 +48,7 @@ def test_a_named_layout_fits_the_slices_of_its_name_and_each_machine_reads_rows_
     mesh = LAYOUTS[name].make_mesh(devices := devices_of(chip, shape_of(chip, chips), slices))
     assert mesh.size == chips * slices and len({d.id for d in mesh.devices.flat}) == mesh.size
     machines = len({d.process_index for d in devices})
-    assert machines == chips * slices // CHIPS[chip].host and host_share(mesh, 0) == (0, machines)
+    assert machines == chips * slices // CHIPS[chip].per_host and host_share(mesh, 0) == (0, machines)
 
 
 def test_another_number_of_slices_is_one_line(devices_of):

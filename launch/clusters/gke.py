@@ -8,8 +8,8 @@ a pod that ends with a final exit code ends the set.
 
 import json
 
+from mllm_jax.chips import CHIPS
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.chips import CHIPS
 from mllm_jax.launch.clusters.job import FINAL, FUSE, GRACE, MOUNT, Job
 
 TYPES = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
@@ -95,7 +95,7 @@ spec:
                   privileged: true
                 resources:
                   limits:
-                    google.com/tpu: {min(chips, CHIPS[chip].host)}
+                    google.com/tpu: {min(chips, CHIPS[chip].per_host)}
                 volumeMounts:
                 - {{name: bucket, mountPath: {MOUNT}}}
                 - {{name: shm, mountPath: /dev/shm}}

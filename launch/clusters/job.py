@@ -8,8 +8,8 @@ import re
 import shlex
 from dataclasses import field
 
+from mllm_jax.chips import CHIPS, shape_of
 from mllm_jax.config import RESTART, ConfigError, config
-from mllm_jax.launch.chips import CHIPS, shape_of
 from mllm_jax.launch.layouts import Machine
 
 FINAL = (1, 2)                          # exit codes that a restart would not mend
@@ -69,7 +69,7 @@ class Job:
     @property
     def hosts(self) -> int:
         """Machines of one slice."""
-        return -(-self.machine.chips // CHIPS[self.machine.chip].host)
+        return -(-self.machine.chips // CHIPS[self.machine.chip].per_host)
 
 
 def check(job: Job) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from mllm_jax.chips import GIB
 from mllm_jax.commands import common
 
 HELP = """Check versions, devices, memory and known conflicts.
@@ -39,7 +40,6 @@ LOWEST = (
     ("numpy", "2.0", ""),
 )
 BELOW = (("grain", "0.3", "its iterator states have another form"),)
-GIB = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

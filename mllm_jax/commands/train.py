@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from mllm_jax.launch import chips, runtime
+    from mllm_jax import chips
+    from mllm_jax.launch import runtime
     from mllm_jax.train.folder import RunOptions
     from mllm_jax.train.run import train
 

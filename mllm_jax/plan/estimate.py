@@ -15,9 +15,9 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from mllm_jax.chips import Chip
 from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Hlo, Instruction, arrays, closing
 from mllm_jax.plan.network import Cost, Network, inside
-from mllm_jax.plan.topology import Chip
 from mllm_jax.plan.work import FREE, Work
 
 ERROR = 0.15                            # of a step's time, either way: see the docstring

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mllm_jax.chips import Chip
 from mllm_jax.plan.hlo import Array, Hlo, Instruction, permuted, replica_groups
-from mllm_jax.plan.topology import Chip
 from mllm_jax.types import record
 
 EFFICIENCY = 0.95                       # of a link, of what its figure says

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
+from mllm_jax.chips import GIB
 from mllm_jax.evaluation import html
 from mllm_jax.evaluation.html import Raw, duration, percent, section, share, short, table, text
 from mllm_jax.plan.report import SMALL, Plan, audited, feeding, said, seconds, size
-from mllm_jax.plan.topology import GIB
 
 COLOURS = ("#2f6db3", "#4f9d8f", "#8a6fb0", "#d08a3c", "#b23a34", "#8b949e", "#5b7f2b", "#c46b9a")
 STYLE = """<style>

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_jax import sharding
+from mllm_jax.chips import GIB
 from mllm_jax.evaluation.html import duration, percent, short
 from mllm_jax.objectives.cross_entropy import chunk_size
 from mllm_jax.plan import program as programs
@@ -20,7 +21,7 @@ from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.input import images_of_row, images_per_second
 from mllm_jax.plan.memory import Memory, memory, shard_bytes
 from mllm_jax.plan.network import Network
-from mllm_jax.plan.topology import GIB, Topology
+from mllm_jax.plan.topology import Topology
 from mllm_jax.recipe import Recipe
 from mllm_jax.sharding import Layout
 from mllm_jax.train.adapters import plain

@@ -1,8 +1,6 @@
-"""Chips that are not here: their names, what they can do, and their devices for the compiler.
+"""Chips that are not here: their names, and their devices for the compiler.
 
-`libtpu` compiles for any topology on a CPU.  Rates are of one device as jax counts them, which on every chip listed
-here is a whole chip; v4 is asked for in the form that has its two cores as one.  Peaks, memories and links are the
-vendor's figures (docs of Cloud TPU, "System architecture"), one way for links; DCN is the share of a chip of its host's network card.
+`libtpu` compiles for any topology on a CPU; chips.py says what each can do.
 """
 
 import contextlib
@@ -15,43 +13,10 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
+from mllm_jax.chips import TPUS, Chip
 from mllm_jax.config import ConfigError, nearest
 from mllm_jax.types import record
 
-GIB = 1 << 30
-
-
-@record
-class Chip:
-    peak: float                         # bf16 operations/s
-    clock: float                        # cycles/s
-    hbm: float                          # bytes
-    hbm_rate: float                     # bytes/s
-    link: float                         # bytes/s of one ICI link, one way
-    dims: int                           # of the torus
-    wraps_at: int                       # a side is a ring when it is a multiple of this
-    dcn: float                          # bytes/s to other slices
-    host_rate: float                    # bytes/s between the chip and the memory of its host
-    per_host: int                       # chips of one host
-    host_cores: int                     # processors of such a host (half its virtual ones)
-    cores: int = 1
-    # Cycles of a splash attention kernel, from its bundle schedule: forward per block of 512 x 512 and head, overhead of a
-    # grid step, of a row of blocks; backward per block, overhead of a step.
-    splash: tuple[float, ...] = (1192, 165, 363, 2428, 300)
-    # The same of nn/flash.py for a causal row of 4096, all in all: forward and backward (benchmarks/flash_cycles.py).
-    flash: tuple[float, float] = (1410, 2601)
-
-
-CHIPS = {
-    "v4": Chip(peak=275e12, clock=1.05e9, hbm=32 * GIB, hbm_rate=1.23e12, link=4.5e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10,
-               per_host=4, host_cores=120, cores=2, splash=(1181, 420, 345, 2344, 330), flash=(2164, 2730)),
-    "v5e": Chip(peak=197e12, clock=1.5e9, hbm=16 * GIB, hbm_rate=8.19e11, link=4.5e10, dims=2, wraps_at=16, dcn=3.125e9, host_rate=1.5e10,
-                per_host=4, host_cores=56),
-    "v5p": Chip(peak=459e12, clock=1.75e9, hbm=95 * GIB, hbm_rate=2.765e12, link=9e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10,
-                per_host=4, host_cores=104, cores=2, splash=(1181, 420, 345, 2344, 330), flash=(1433, 2621)),
-    "v6e": Chip(peak=918e12, clock=1.75e9, hbm=32 * GIB, hbm_rate=1.64e12, link=9e10, dims=2, wraps_at=16, dcn=1.25e10, host_rate=3.2e10,
-                per_host=4, host_cores=90, splash=(945, 220, 184, 1591, 250), flash=(1132, 1573)),
-}
 # libtpu looks for a machine with TPUs, and for a lock that says it is the only one; neither matters to a compiler.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
                "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -88,9 +53,9 @@ def topology(name: str, slices: int = 1) -> Topology:
       ConfigError: no such chip, a shape that it does not come in, or libtpu is not installed.
     """
     kind, _, text = name.partition(":")
-    if kind not in CHIPS:
-        raise ConfigError(f"no chip is called {kind!r}; nearest: {nearest(kind, CHIPS)}; {FORM}")
-    chip = CHIPS[kind]
+    if kind not in TPUS:
+        raise ConfigError(f"no TPU is called {kind!r}; nearest: {nearest(kind, TPUS)}; {FORM}")
+    chip = TPUS[kind]
     if not re.fullmatch(r"\d+(x\d+)*", text) or len(text.split("x")) != chip.dims:
         raise ConfigError(f"the topology {name!r} has not the {chip.dims} sides of a {kind}; {FORM}")
     sides = tuple(map(int, text.split("x")))

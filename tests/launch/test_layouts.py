@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from mllm_jax.chips import CHIPS, chips_of, shape_of
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.chips import CHIPS, chips_of, shape_of
 from mllm_jax.launch.layouts import LAYOUTS, auto, find, machine
 from mllm_jax.launch.runtime import pretended_devices
 

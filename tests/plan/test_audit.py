@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from mllm_jax import sharding
+from mllm_jax.chips import CHIPS
 from mllm_jax.config import load
 from mllm_jax.launch import layouts
 from mllm_jax.plan.audit import of_activations, of_state
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.network import Network
-from mllm_jax.plan.topology import CHIPS
 from mllm_jax.train.adapters import model_of, trained_of
 from mllm_jax.train.optimizer import build
 from mllm_jax.train.state import Blueprint, abstract_state

@@ -2,11 +2,11 @@
 
 import pytest
 
+from mllm_jax.chips import CHIPS
 from mllm_jax.plan.estimate import HBM_EFFICIENCY, OVERHEAD, Replay
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import alive
 from mllm_jax.plan.network import EFFICIENCY, HOP, Network
-from mllm_jax.plan.topology import CHIPS
 
 V5E = CHIPS["v5e"]
 NET = Network(V5E, [(x, 0, 0, 0) for x in range(4)], {"fsdp": 4})

@@ -2,9 +2,9 @@
 
 import pytest
 
+from mllm_jax.chips import CHIPS
 from mllm_jax.plan.hlo import Instruction
 from mllm_jax.plan.network import DCN_LATENCY, EFFICIENCY, HOP, Network
-from mllm_jax.plan.topology import CHIPS
 
 V5E = CHIPS["v5e"]
 TORUS = [(x, y, 0, 0) for x in range(16) for y in range(16)]

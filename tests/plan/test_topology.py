@@ -19,7 +19,7 @@ def test_a_topology_has_its_chips_each_of_them_one_device(name, slices, chips, h
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("v5:4x4", "no chip is called 'v5'; nearest: v5p, v5e"),
+    ("v5:4x4", "no TPU is called 'v5'; nearest: v5p, v5e"),
     ("v5e:4x4x4", "has not the 2 sides of a v5e; write it as"),
     ("v5e", "has not the 2 sides"),
     ("v5e:3x5", "there is no topology 'v5e:3x5'"),

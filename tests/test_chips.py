@@ -1,20 +1,22 @@
 """The table of chips: shapes multiply to their numbers, and devices are found by the names that jax has for them."""
 
+import dataclasses
+
 import pytest
 
+from mllm_jax.chips import CHIPS, TPUS, chip_of, chips_of, peak_of, shape_of
 from mllm_jax.config import ConfigError
-from mllm_jax.launch.chips import CHIPS, chip_of, chips_of, peak_of, shape_of
-from mllm_jax.plan import topology as planned
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_the_shape_of_a_slice_multiplies_to_its_chips_and_has_the_axes_of_the_torus(name):
     for chips, shape in CHIPS[name].slices.items():
-        assert chips_of(shape) == chips and len(shape.split("x")) == planned.CHIPS[name].dims
+        assert chips_of(shape) == chips and len(shape.split("x")) == CHIPS[name].dims
 
 
-def test_runs_and_plans_measure_by_the_same_peak():
-    assert {k: (c.peak, c.per_host) for k, c in planned.CHIPS.items()} == {k: (CHIPS[k].peak, CHIPS[k].host) for k in planned.CHIPS}
+@pytest.mark.parametrize("name", TPUS)
+def test_a_plan_has_all_that_it_reckons_with(name):
+    assert [f.name for f in dataclasses.fields(CHIPS[name]) if not getattr(CHIPS[name], f.name)] == []
 
 
 @pytest.mark.parametrize(("kind", "name"), [
