@@ -3,17 +3,21 @@
     --layout v5e-8                                  a row of the table
     --layout v5e-8:microbatches=4,remat=dots        with fields of `sharding.Layout` changed
     --layout auto                                   what is here: see `auto`
+    --layout found.json                             a file of `plan --search` (layout_file.py); changes may follow it too
 
 The number in a name is the number of chips: v5e-256 is one slice, v5e-256x2 two of them, with copies of the parameters in
 each and the gradients added up over the network between them.  With `-experts` four chips share the experts of sparse
 layers.  What a program computes does not depend on its layout; memory and time do.
 """
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
-from mllm_jax.config import ConfigError, nearest, override
+from mllm_jax.config import ConfigError, nearest, override, to_json
+from mllm_jax.launch import layout_file
 from mllm_jax.sharding import Layout
 
 
@@ -79,6 +83,8 @@ def machine(name: str) -> Machine:
     Raises:
       ConfigError: no layout is called so.
     """
+    if path := layout_file.path_of(name):
+        return Machine(**{"slices": 1} | layout_file.read(path)["machine"])
     row = name.partition(":")[0]
     if row not in LAYOUTS:
         raise ConfigError(f"no layout is called {row!r}; nearest: {nearest(row, LAYOUTS)}")
@@ -92,15 +98,66 @@ def auto(platform: str) -> Layout:
 
 
 def find(name: str, platform: str) -> Layout:
-    """The layout of that name on this kind of device, with the changes after the colon.
+    """The layout of that name or file on this kind of device, with the changes after the colon.
 
     Raises:
       ConfigError: no such layout or field; the message names the nearest ones.
     """
-    row, _, changes = name.partition(":")
-    if row != "auto" and row not in LAYOUTS:
-        raise ConfigError(f"no layout is called {row!r}; nearest: {nearest(row, ['auto', *LAYOUTS])}")
-    layout = auto(platform) if row == "auto" else LAYOUTS[row]
-    for change in filter(None, changes.split(",")):
+    if path := layout_file.path_of(name):
+        layout, changes = _of_file(path), name[len(str(path)):].removeprefix(":")
+    else:
+        row, _, changes = name.partition(":")
+        if row != "auto" and row not in LAYOUTS:
+            raise ConfigError(f"no layout is called {row!r}; nearest: {nearest(row, ['auto', *LAYOUTS])}; a file's name ends in .json")
+        layout = auto(platform) if row == "auto" else LAYOUTS[row]
+    for change in filter(None, re.split(r",(?![^()]*\))", changes)):
         layout = override(layout, change)
+    return layout
+
+
+def overrides(name: str, recipe: str) -> tuple[str, ...]:
+    """The changes of a recipe that a file holds beside its layout; none for a name.
+
+    Raises:
+      ConfigError: they were found for another recipe.
+    """
+    if (path := layout_file.path_of(name)) is None or not (found := layout_file.read(path))["overrides"]:
+        return ()
+    if found["recipe"].partition(":")[0] not in ("", recipe.partition(":")[0]):
+        raise ConfigError(f"the layout {path} changes fields of {found['recipe']}, for which it was found, and this is {recipe}; "
+                          "search again, or take the overrides out of the file")
+    return tuple(found["overrides"])
+
+
+def words(name: str) -> str:
+    """What `--layout` may say instead of a file, where there is none, on a TPU or GPU; a name as it is."""
+    if layout_file.path_of(name) is None:
+        return name
+    layout, base = find(name, "tpu"), auto("tpu")
+    changes = [f"{f.name}={getattr(layout, f.name)}" for f in fields(Layout)
+               if f.name not in ("mesh", "rules") and getattr(layout, f.name) != getattr(base, f.name)]
+    sizes = dict.fromkeys(base.mesh, 1) | dict(layout.mesh)
+    rules = {k: layout.rules.get(k) for k in {**base.rules, **layout.rules} if layout.rules.get(k) != base.rules.get(k)}
+    changes += [f"mesh.{k}={n}" for k, n in sizes.items()] + [f"rules.{k}={v!r}".replace(" ", "") for k, v in rules.items()]
+    return "auto:" + ",".join(changes)
+
+
+def write(path: Path, layout: Layout, on: Machine, recipe: str = "", overrides: tuple[str, ...] = ()) -> None:
+    """A file that `find`, `machine` and `overrides` read."""
+    plain = {k: v for k, v in to_json(layout).items() if k != "_"}
+    path.write_text(json.dumps({"machine": on._asdict(), "layout": plain, "recipe": recipe, "overrides": list(overrides)}, indent=1) + "\n")
+
+
+def _of_file(path: Path) -> Layout:
+    layout = Layout()
+    try:
+        for field, value in layout_file.read(path)["layout"].items():
+            if field in ("mesh", "rules") and isinstance(value, dict):
+                layout = replace(layout, **{field: {}})
+                for k, one in value.items():
+                    layout = override(layout, f"{field}.{k}={tuple(one) if isinstance(one, list) else one!r}")
+            else:
+                layout = override(layout, f"{field}={value!r}")
+    except ConfigError as error:
+        raise ConfigError(f"the layout {path}: {error}" if str(path) not in str(error) else str(error)) from error
     return layout

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mllm_jax.config import RESTART, Restart
+from mllm_jax.launch import layout_file
 
 MEBIBYTE = 1 << 20
 
@@ -144,10 +145,13 @@ def start(
 
 
 def pretended_devices(layout: str) -> int:
-    """How many CPU devices a layout of this name asks for: 8 if it is "cpu-8" or "cpu-4x2", 0 if it is one of real ones.
+    """How many CPU devices a layout of this name or file asks for: 8 if it is "cpu-8" or "cpu-4x2", 0 if it is one of real ones.
 
-    The name alone tells, for jax must not be imported before its environment is set.
+    Found without jax, which must not be imported before its environment is set.
     """
+    if path := layout_file.path_of(layout):
+        on = layout_file.read(path)["machine"]
+        return on["chips"] * on.get("slices", 1) if on["chip"] == "cpu" else 0
     of = re.match(r"cpu-(\d+)(?:x(\d+))?", layout)
     return int(of[1]) * int(of[2] or 1) if of else 0
 

@@ -38,6 +38,7 @@ class Whole:
     ("part.rate=1", lambda c: c.part.rate, 1.0),
     ("part.rate=1e-5", lambda c: c.part.rate, 1e-5),
     ("part.name=two words", lambda c: c.part.name, "two words"),
+    ("part.name=none", lambda c: c.part.name, "none"),
     ("part.on=true", lambda c: c.part.on, True),
     ("part.limit=3", lambda c: c.part.limit, 3),
     ("parts.y.limit=none", lambda c: c.parts["y"].limit, None),

@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_jax.config import ConfigError
 
-LAYOUT_HELP = "how programs are laid out: auto, cpu-8, v5e-256, ...; v5e-8:microbatches=4 changes fields"
+LAYOUT_HELP = "how programs are laid out: auto, cpu-8, v5e-256, ..., or a file of plan --search; v5e-8:microbatches=4 changes fields"
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,13 @@ def find_layout(name: str, platform: str) -> Any:
     layout = layouts.find(name, platform)
     policy(layout.remat)
     return layout
+
+
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """The changes of the recipe: those that belong to its layout, where that is a file, and then the user's."""
+    from mllm_jax.launch import layouts
+
+    return [*layouts.overrides(args.layout, args.recipe), *args.overrides]
 
 
 def load_recipe(name: str, overrides: list[str] = (), *, tiny: bool = False) -> Any:

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from mllm_jax.launch.clusters import gke, job, skypilot, slurm, tpu_vm
 
     machine, layout = layouts.machine(args.layout), common.find_layout(args.layout, "tpu")
+    args.overrides, args.layout = common.overrides_of(args), layouts.words(args.layout)        # a file is here, and not there
     recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
     _check_rows(recipe, layout, machine)
     root = {"folder": f"{args.folder.rstrip('/')}/runs", "data": f"{args.folder.rstrip('/')}/data"} if args.folder else {}

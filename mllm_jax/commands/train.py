@@ -16,6 +16,7 @@ examples:
   mllm-jax train first/digits
   mllm-jax train projector/llava_15 --tiny
   mllm-jax train projector/llava_15:size=13b --layout v5e-256 --data-root /data
+  mllm-jax train projector/gemma3 --layout found.json
   mllm-jax train first/digits --stages align,instruct stages.instruct.optimizer.lr=1e-4
 """
 
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / common.run_name(args.recipe, tiny=args.tiny)
     profile = steps_of(args.profile) if args.profile else None
     running, layout = common.start(args)
-    recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+    overrides = common.overrides_of(args)
+    recipe = common.load_recipe(args.recipe, overrides, tiny=args.tiny)
 
     import jax
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     stages = tuple(filter(None, args.stages.split(","))) if args.stages else None
     train(recipe, RunOptions(
-        name=args.recipe, out=out, layout=layout, overrides=tuple(args.overrides), tiny=args.tiny, data_root=args.data_root,
+        name=args.recipe, out=out, layout=layout, overrides=tuple(overrides), tiny=args.tiny, data_root=args.data_root,
         stages=stages, fresh=args.fresh, save_every=args.save_every, verbose=args.verbose, stop=running.stop,
         patience=args.patience, storage_patience=args.storage_patience,
         profile=profile, startup=runtime.age(), peak=chips.peak_of([d.device_kind for d in jax.devices()])))

@@ -1,9 +1,12 @@
 """The launch verb: a file on the output, or one line that says what to change."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from mllm_jax.cli import main
+from mllm_jax.launch import layouts
 from mllm_jax.launch.layouts import LAYOUTS
 
 BASE = ["projector/llava_15", "--layout", "v6e-64", "--image", "i/m", "--bucket", "gs://my-bucket"]
@@ -19,6 +22,18 @@ def test_the_file_is_printed_and_nothing_else(capsys):
     assert container["command"] == [
         "mllm-jax", "train", "projector/llava_15", "stages.instruct.optimizer.lr=1e-5", "--layout", "v6e-64", "--stages", "instruct",
         "--save-every", "50", "--profile", "20:5", "--out", "/bucket/runs/projector-llava-15", "--data-root", "/bucket/data"]
+
+
+def test_a_layout_of_a_file_is_written_out(capsys, tmp_path):
+    """The file is here, and not on the machines."""
+    path = tmp_path / "found.json"
+    layouts.write(path, replace(layouts.LAYOUTS["v6e-64"], remat="qkv+attention"), layouts.machine("v6e-64"), "projector/llava_15",
+                  ("stages.align.data.seq_len=1024",))
+    assert main(["launch", "gke", "projector/llava_15", "--layout", str(path), *BASE[3:]]) == 0
+    out = capsys.readouterr().out
+    assert '"stages.align.data.seq_len=1024"' in out and "found" not in out
+    said = next(word.strip(' -"') for word in out.splitlines() if '"auto:' in word)
+    assert layouts.find(said, "tpu") == layouts.find(str(path), "tpu")
 
 
 def test_folders_of_slurm_are_where_they_are_asked_for(capsys):

@@ -6,6 +6,7 @@ import pytest
 
 from mllm_jax.cli import main
 from mllm_jax.commands.common import load_recipe, run_name
+from mllm_jax.launch import layouts
 from mllm_jax.train import run
 
 
@@ -35,6 +36,16 @@ def test_a_recipe_its_overrides_and_its_layout(given, capsys):
     assert options.stages == ("align", "instruct") and options.overrides == ("stages.align.steps=3", "stages.instruct.optimizer.lr=1")
     assert not options.stop.is_set() and not options.fresh
     assert capsys.readouterr().out == "report: runs/first-digits/report.html\n"
+
+
+def test_changes_that_belong_to_a_layout_come_before_those_of_the_user(given):
+    data = "stages.instruct.data"
+    layouts.write(Path("found.json"), layouts.LAYOUTS["cpu-8"], layouts.machine("cpu-8"), "first/digits", (f"{data}.seq_len=256", f"{data}.seed=3"))
+    assert main(["train", "first/digits", "--layout", "found.json:remat=full", f"{data}.seed=5"]) == 0
+    [(recipe, options)] = given
+    assert recipe.stages["instruct"].data.seq_len == 256 and recipe.stages["instruct"].data.seed == 5
+    assert options.overrides == (f"{data}.seq_len=256", f"{data}.seed=3", f"{data}.seed=5")
+    assert options.layout.remat == "full" and options.layout.mesh == layouts.LAYOUTS["cpu-8"].mesh
 
 
 def test_tiny_has_a_folder_of_its_own_and_an_override_is_the_last_word(given):
