@@ -170,6 +170,8 @@ def _fit(text: str, old: Any, hint: Any, whole: str) -> Any:
             return (value,)
         if origin is type(None) and value is None:
             return None
+        if hint is str and (value is None or isinstance(value, bool)):      # `remat=none` is a word where words are expected
+            return str(value).lower()
         if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
             return value
     if hint is str and text.isalpha():  # "none" is a word where only words fit

@@ -40,6 +40,7 @@ class Whole:
     ("part.name=two words", lambda c: c.part.name, "two words"),
     ("part.name=none", lambda c: c.part.name, "none"),
     ("part.on=true", lambda c: c.part.on, True),
+    ("part.name=none", lambda c: c.part.name, "none"),
     ("part.limit=3", lambda c: c.part.limit, 3),
     ("parts.y.limit=none", lambda c: c.parts["y"].limit, None),
     ("part.sizes=[3,4]", lambda c: c.part.sizes, (3, 4)),
