@@ -49,9 +49,9 @@ def make(script: Path, todo: Sequence[Job], file: Path, jobs: int = 1, limit: fl
             out.write(json.dumps(row) + "\n")
         print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, job.values()))}: {said(row)}", file=sys.stderr, flush=True)
 
-    missing = [job for job in todo if key(job) not in done or again and "error" in done[key(job)]]
+    missing = {k: job for job in todo if (k := key(job)) not in done or again and "error" in done[k]}
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, missing))
+        list(pool.map(one, missing.values()))
 
 
 def _process(script: Path, job: Job, limit: float) -> Row:
