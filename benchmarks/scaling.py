@@ -55,8 +55,7 @@ def one(job: Job) -> Row:
     from mllm_jax.plan.topology import topology
 
     on, recipe = topology(job["topology"]), load(RECIPE)
-    recipe = recipe.tiny() if job.get("tiny") else recipe
-    for field, value in ({} if job.get("tiny") else SHAPE | {"batch_size": len(on.devices)}).items():
+    for field, value in (SHAPE | {"batch_size": len(on.devices)}).items():
         recipe = override(recipe, f"stages.{STAGE}.data.{field}={value}")
     words = ",".join([f"auto:remat={REMAT}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
     return plans.summary(plan(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)), words)
