@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,5 +116,6 @@ def alone(one: Callable[[Job], Row]) -> bool:
     from mllm_jax.launch import runtime
 
     runtime.start("cpu", cache=False)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # nothing is to be saved
     print(json.dumps(one(json.loads(sys.argv[2]))))
     return True

@@ -78,11 +78,16 @@ class Network:
 
     def _links(self, members: np.ndarray) -> tuple[float, float]:
         """(bytes/s that a chip can send to the others of its group, hops to the farthest)."""
-        spans = [(n, n == self.sides[d] and n % self.chip.wraps_at == 0)
-                 for d in range(3) if (n := len(set(self.coords[members, d]))) > 1]
+        spans = []
+        for d, side in enumerate(self.sides):
+            at = sorted(set(self.coords[members, d]))
+            if len(at) > 1:
+                apart = int(min(np.diff(at)))       # groups that lie between one another share the links
+                spans.append((len(at) * apart, apart, len(at) * apart == side and side % self.chip.wraps_at == 0))
         if not spans:
             return 4 * self.chip.link, 1
-        return EFFICIENCY * sum(self.chip.link * (2 if ring else 1) for _, ring in spans), sum(n / 2 if ring else n for n, ring in spans)
+        rate = sum(self.chip.link * (2 if ring else 1) / apart for _, apart, ring in spans)
+        return EFFICIENCY * rate, sum(n / 2 if ring else n for n, _, ring in spans)
 
     def _permute(self, i: Instruction) -> Cost:
         pairs, size = permuted(i), sum(a.bytes for a in results(i))

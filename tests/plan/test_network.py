@@ -38,6 +38,16 @@ def test_a_group_over_both_sides_has_all_four_links():
     assert cost.seconds == pytest.approx(64 * MIB * 255 / 256 / (4 * 45e9 * EFFICIENCY) + 16 * HOP)
 
 
+def test_groups_that_lie_between_one_another_share_their_links():
+    """A side of 16 as 4 x 4: four neighbours are a line; every fourth chip makes a ring, of which there are four on the same wires."""
+    network = Network(V5E, [(x, 0, 0, 0) for x in range(16)], {"data": 4, "fsdp": 4})
+    near = network.cost(collective("all-gather", "bf16[1024,512]{1,0}", "[4,4]<=[16]"))
+    far = network.cost(collective("all-gather", "bf16[1024,512]{1,0}", "[4,4]<=[4,4]T(1,0)"))
+    assert (near.axes, far.axes) == (("fsdp",), ("data",))
+    assert near.seconds == pytest.approx(near.bytes / (45e9 * EFFICIENCY) + 4 * HOP)
+    assert far.seconds == pytest.approx(far.bytes / (2 / 4 * 45e9 * EFFICIENCY) + 8 * HOP)
+
+
 @pytest.mark.parametrize(("groups", "axes"), [
     ("[8,4]<=[8,4]", ("tensor",)), ("[8,4]<=[2,4,4]T(0,2,1)", ("fsdp",)), ("[16,2]<=[2,16]T(1,0)", ("data",)), ("[2,16]<=[32]", ("fsdp", "tensor")),
     ("[1,32]<=[32]", ("data", "fsdp", "tensor"))])
