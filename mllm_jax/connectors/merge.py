@@ -10,7 +10,7 @@ from flax import nnx
 
 from mllm_jax.config import ConfigError, config
 from mllm_jax.nn.mlp import ACTIVATIONS
-from mllm_jax.nn.param import LayerNorm, Linear, RMSNorm
+from mllm_jax.nn.param import LayerNorm, Linear, RMSNorm, next_key
 from mllm_jax.types import Features, Grid
 
 
@@ -43,7 +43,7 @@ class Merge(nnx.Module):
     def __init__(self, cfg: MergeConfig, d_in: int, d_out: int, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.merger = Merger(cfg, d_in, d_out, normed=1, rngs=rngs)
-        keys = jax.random.split(rngs.params(), cfg.deep)
+        keys = jax.random.split(next_key(rngs), cfg.deep)
         # Earlier levels are normalized as a whole square (Qwen3-VL).
         one = lambda key: Merger(cfg, d_in, d_out, normed=cfg.side**2, rngs=nnx.Rngs(key))
         self.deep = jax.vmap(one)(keys) if cfg.deep else None

@@ -187,8 +187,13 @@ def differences(a: Any, b: Any, free: tuple[str, ...] = ()) -> dict[str, tuple[A
 
 def parameter_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model; nothing is allocated."""
-    _, params = split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
-    return {path: tuple(p.shape) for path, p in params.items()}
+    if (key := repr(cfg)) not in _SHAPES:           # asked for by each step of a conversion, and a model takes long to trace
+        _, params = split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+        _SHAPES[key] = {path: tuple(p.shape) for path, p in params.items()}
+    return dict(_SHAPES[key])
+
+
+_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}
 
 
 def _plain(node: Any) -> Any:

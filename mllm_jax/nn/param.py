@@ -27,7 +27,19 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str, init) -> nnx.Param:
     names = tuple(axes.split())
     if len(names) != len(shape):
         raise ValueError(f"axes {axes!r} name {len(names)} dimensions; the shape {shape} has {len(shape)}")
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=names)
+    return nnx.Param(init(next_key(rngs), shape, jnp.float32), axes=names)
+
+
+def next_key(rngs: nnx.Rngs) -> jax.Array:
+    """What `rngs.params()` gives.
+
+    That sets its count by an index, for which nnx asks the count for its sharding; a traced one answers with an error whose text
+    takes longer to write than all else that a layer's making does, the more so the more was traced before.
+    """
+    stream = rngs.params
+    count = stream.count.get_value()
+    stream.count.set_value(count + 1)
+    return jax.random.fold_in(stream.key.get_value(), count)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.nn import remat
+from mllm_jax.nn.param import next_key
 from mllm_jax.sharding import current
 
 
 def make(cycle: Sequence[Callable[[nnx.Rngs], nnx.Module]], depth: int, *, rngs: nnx.Rngs) -> nnx.List:
     """`depth` layers, made in turn by the functions of the cycle; stacked where they stand at the same place of it."""
     c = len(cycle)
-    keys = jax.random.split(rngs.params(), depth)
+    keys = jax.random.split(next_key(rngs), depth)
     return nnx.List([jax.vmap(lambda key, one=one: one(nnx.Rngs(key)))(keys[j::c]) for j, one in enumerate(cycle)])
 
 
