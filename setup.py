@@ -13,7 +13,7 @@ def below(folder: str) -> list[str]:
 
 TEST = [
     "torch==2.13.0", "pytest>=8", "pytest-xdist>=3.6", "jaxtyping>=0.3", "beartype>=0.20", "psutil>=6", "ruff>=0.9",
-    "webdataset>=1.0", "tensorflow-datasets>=4.9.9", "peft>=0.17", "libtpu==0.0.51",
+    "webdataset>=1.0", "tensorflow-datasets>=4.9.9", "peft>=0.17", "libtpu==0.0.51", "qwix>=0.1.8",
 ]
 
 setup(
@@ -36,6 +36,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "plan": ["libtpu==0.0.51"],
         "gpu": ["jax[cuda13]>=0.10.2"],
+        "quant": ["qwix>=0.1.8"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "hf-test": ["torch==2.13.0"],
         "test": TEST,

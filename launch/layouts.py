@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from mllm_jax.chips import check_quantized
 from mllm_jax.config import ConfigError, nearest, override, to_json
 from mllm_jax.launch import layout_file
 from mllm_jax.sharding import Layout
@@ -101,7 +102,7 @@ def find(name: str, platform: str) -> Layout:
     """The layout of that name or file on this kind of device, with the changes after the colon.
 
     Raises:
-      ConfigError: no such layout or field; the message names the nearest ones.
+      ConfigError: no such layout or field, with the nearest ones in the message; or the chip of that name has no such numbers.
     """
     if path := layout_file.path_of(name):
         layout, changes = _of_file(path), name[len(str(path)):].removeprefix(":")
@@ -112,6 +113,8 @@ def find(name: str, platform: str) -> Layout:
         layout = auto(platform) if row == "auto" else LAYOUTS[row]
     for change in filter(None, re.split(r",(?![^()]*\))", changes)):
         layout = override(layout, change)
+    if name.partition(":")[0] in LAYOUTS:
+        check_quantized(layout.quantize, machine(name).chip)
     return layout
 
 

@@ -19,6 +19,7 @@ GIB = 1 << 30
 class Chip:
     kinds: tuple[str, ...]              # how jax calls it: `device_kind`
     peak: float                         # FLOP/s of bfloat16 matmuls
+    quantized: Mapping[str, float] = field(default_factory=dict)    # the same of those in eight bits that it has
     per_host: int = 8                   # chips of a machine in a slice of several machines
     # The rest is of TPUs: slices that are let, and what plans reckon with.
     slices: Mapping[int, str] = field(default_factory=dict)     # chips -> shape of the slices that are let
@@ -43,21 +44,21 @@ FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x1
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"}
 
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(kinds=("TPU v4",), peak=275e12, per_host=4, slices=CUBES | {4096: "16x16x16"}, clock=1.05e9, cores=2,
+    "v4": Chip(kinds=("TPU v4",), peak=275e12, quantized={"int8": 275e12}, per_host=4, slices=CUBES | {4096: "16x16x16"}, clock=1.05e9, cores=2,
                hbm=32 * GIB, hbm_rate=1.23e12, link=4.5e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10, host_cores=120,
                splash=(1181, 420, 345, 2344, 330), flash=(2164, 2730)),
-    "v5e": Chip(kinds=("TPU v5 lite", "TPU v5e"), peak=197e12, per_host=4, slices=FLAT, clock=1.5e9,
+    "v5e": Chip(kinds=("TPU v5 lite", "TPU v5e"), peak=197e12, quantized={"int8": 394e12}, per_host=4, slices=FLAT, clock=1.5e9,
                 hbm=16 * GIB, hbm_rate=8.19e11, link=4.5e10, dims=2, wraps_at=16, dcn=3.125e9, host_rate=1.5e10, host_cores=56,
                 splash=(1192, 165, 363, 2428, 300), flash=(1410, 2601)),
-    "v5p": Chip(kinds=("TPU v5", "TPU v5p"), peak=459e12, per_host=4, slices=CUBES | {4096: "16x16x16", 6144: "16x16x24"}, clock=1.75e9, cores=2,
-                hbm=95 * GIB, hbm_rate=2.765e12, link=9e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10, host_cores=104,
+    "v5p": Chip(kinds=("TPU v5", "TPU v5p"), peak=459e12, quantized={"int8": 918e12}, per_host=4, slices=CUBES | {4096: "16x16x16", 6144: "16x16x24"},
+               clock=1.75e9, cores=2, hbm=95 * GIB, hbm_rate=2.765e12, link=9e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10, host_cores=104,
                 splash=(1181, 420, 345, 2344, 330), flash=(1433, 2621)),
-    "v6e": Chip(kinds=("TPU v6 lite", "TPU v6e"), peak=918e12, per_host=4, slices=FLAT, clock=1.75e9,
+    "v6e": Chip(kinds=("TPU v6 lite", "TPU v6e"), peak=918e12, quantized={"int8": 1836e12}, per_host=4, slices=FLAT, clock=1.75e9,
                 hbm=32 * GIB, hbm_rate=1.64e12, link=9e10, dims=2, wraps_at=16, dcn=1.25e10, host_rate=3.2e10, host_cores=90,
                 splash=(945, 220, 184, 1591, 250), flash=(1132, 1573)),
-    "a100": Chip(kinds=("NVIDIA A100",), peak=312e12),
-    "h100": Chip(kinds=("NVIDIA H100",), peak=989.4e12),
-    "h200": Chip(kinds=("NVIDIA H200",), peak=989.4e12),
+    "a100": Chip(kinds=("NVIDIA A100",), peak=312e12, quantized={"int8": 624e12}),
+    "h100": Chip(kinds=("NVIDIA H100",), peak=989.4e12, quantized={"int8": 1979e12, "fp8": 1979e12}),
+    "h200": Chip(kinds=("NVIDIA H200",), peak=989.4e12, quantized={"int8": 1979e12, "fp8": 1979e12}),
 }
 TPUS = {name: chip for name, chip in CHIPS.items() if chip.slices}
 
@@ -75,6 +76,15 @@ def peak_of(device_kinds: Sequence[str]) -> float:
     """FLOP/s of these devices together; 0 if one of them is not in the table."""
     chips = [chip_of(kind) for kind in device_kinds]
     return sum(chip.peak for chip in chips) if None not in chips else 0.0
+
+
+def check_quantized(kind: str, name: str) -> None:
+    """Raises ConfigError if the chip of that name (or of the kind that jax calls so) has no products in such numbers; of others nothing is known."""
+    chip = CHIPS.get(name) or chip_of(name)
+    if kind != "none" and chip is not None and kind not in chip.quantized:
+        having = [n for n, c in CHIPS.items() if kind in c.quantized]
+        raise ConfigError(f"{name} has no units for quantize={kind}; it has them for {', '.join(chip.quantized) or 'none'}, and {kind} is of "
+                          f"{', '.join(having) or 'no chip'}")
 
 
 def shape_of(name: str, chips: int) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mllm_jax.chips import check_quantized
 from mllm_jax.config import ConfigError, config
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -34,11 +35,12 @@ LARGE = 1 << 18                         # numbers of a parameter on one device, 
 
 @config
 class Layout:
-    """How a program is laid out on devices; what it computes does not depend on it."""
+    """How a program is laid out on devices; what it computes does not depend on it, but for `dtype` and `quantize`."""
 
     mesh: Mapping[str, int] = field(default_factory=lambda: {"data": -1, "fsdp": 1, "tensor": 1})   # -1: the rest
     rules: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=lambda: dict(FSDP_TENSOR))
     dtype: str = "float32"              # of matmuls; parameters, norms, softmax and losses stay float32
+    quantize: str = "none"              # "int8" or "fp8": products of layers in eight bits, on chips that have them: nn/quantized.py
     remat: str = "none"                 # what a layer keeps for its backward pass: "none" is computed again, or see nn/remat.py
     microbatches: int = 1               # a step's rows are processed in so many parts
     unroll: int = 1                     # layers in one iteration of the loop over layers
@@ -49,9 +51,11 @@ class Layout:
         """The mesh over these devices (all by default); with several slices, neighbours along `data` may be of two of them.
 
         Raises:
-          ConfigError: the sizes do not multiply to the number of devices of a slice, or there are not so many slices.
+          ConfigError: the sizes do not multiply to the number of devices of a slice, there are not so many slices, or the chips
+            cannot do what `quantize` asks.
         """
         devices = jax.devices() if devices is None else list(devices)
+        check_quantized(self.quantize, devices[0].device_kind)
         groups = _slices(devices, self.slices)
         sizes, rest = dict(self.mesh), [k for k, n in self.mesh.items() if n == -1]
         known, each = math.prod(n for n in sizes.values() if n != -1), len(groups[0])

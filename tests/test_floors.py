@@ -14,7 +14,7 @@ RUN = {*BASE, "nn", *PARTS, "models", "objectives", "data", "generate", "hf"}
 
 MAY_IMPORT = {                          # package -> packages of ours that it may import beside itself
     "config": {"configs"},              # `load` looks a recipe up by its name
-    "types": set(), "recipe": {"config"}, "chips": {"config"}, "sharding": {"config", "types"}, "hosts": {"config", "sharding"},
+    "types": set(), "recipe": {"config"}, "chips": {"config"}, "sharding": {"config", "types", "chips"}, "hosts": {"config", "sharding"},
     "nn": {"config", "types", "sharding"},
     "encoders": {"config", "types", "sharding", "nn"},
     "connectors": {"config", "types", "sharding", "nn"},

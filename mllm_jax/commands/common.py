@@ -43,10 +43,12 @@ def start(args: argparse.Namespace, platform: str | None = None) -> tuple[Any, A
 def find_layout(name: str, platform: str) -> Any:
     """The layout of that name, its words checked: tracing would refuse them only after the data are read, or machines rented."""
     from mllm_jax.launch import layouts
+    from mllm_jax.nn import quantized
     from mllm_jax.nn.remat import policy
 
     layout = layouts.find(name, platform)
     policy(layout.remat)
+    quantized.check(layout.quantize)
     return layout
 
 

@@ -17,8 +17,8 @@ from mllm_jax.config import ConfigError
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.blockwise import LONG, attend_blockwise
 from mllm_jax.nn.flash import attend_flash
-from mllm_jax.nn.param import Linear
 from mllm_jax.nn.position import Rotation
+from mllm_jax.nn.quantized import LayerLinear
 from mllm_jax.nn.remat import keep
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import constrain, current, platform
@@ -54,10 +54,10 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: BlockConfig, *, d_memory: int | None = None, rngs: nnx.Rngs):
         d, h, g, k = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_dim or cfg.width // cfg.heads
-        self.q = Linear(d, (h, k), "embed heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
-        self.k = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias and cfg.key_bias, rngs=rngs)
-        self.v = Linear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
-        self.o = Linear((h, k), d, "heads head_dim embed", bias=cfg.out_bias, rngs=rngs)
+        self.q = LayerLinear(d, (h, k), "embed heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
+        self.k = LayerLinear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias and cfg.key_bias, rngs=rngs)
+        self.v = LayerLinear(d_memory or d, (g, k), "embed kv_heads head_dim", bias=cfg.qkv_bias, rngs=rngs)
+        self.o = LayerLinear((h, k), d, "heads head_dim embed", bias=cfg.out_bias, rngs=rngs)
         self.query_scale = k**-0.5 if cfg.query_scale is None else cfg.query_scale
         self.whole = cfg.qk_norm == "width"
         norm = lambda n: cfg.norm.build(n * k if self.whole else k, axis="embed" if self.whole else "head_dim", rngs=rngs)

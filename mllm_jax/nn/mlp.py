@@ -7,7 +7,7 @@ from flax import nnx
 
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.fusion import once, once_back
-from mllm_jax.nn.param import Linear
+from mllm_jax.nn.quantized import LayerLinear
 from mllm_jax.nn.remat import keep
 
 ACTIVATIONS = {
@@ -25,9 +25,9 @@ class MLP(nnx.Module):
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         d, f, bias = cfg.width, cfg.mlp, cfg.mlp_bias
         self.activation = cfg.activation
-        self.gate = Linear(d, f, "embed mlp", bias=bias, rngs=rngs) if cfg.gated else None
-        self.up = Linear(d, f, "embed mlp", bias=bias, rngs=rngs)
-        self.down = Linear(f, d, "mlp embed", bias=bias, rngs=rngs)
+        self.gate = LayerLinear(d, f, "embed mlp", bias=bias, rngs=rngs) if cfg.gated else None
+        self.up = LayerLinear(d, f, "embed mlp", bias=bias, rngs=rngs)
+        self.down = LayerLinear(f, d, "mlp embed", bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]

@@ -78,10 +78,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = compute_dtype()
-        y = project(x.astype(dtype), self.kernel[...].astype(dtype), self.inputs)
+        y = self.product(x.astype(dtype))
         if self.lora is not None:
             y = y + self.lora(x.astype(dtype))
         return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        return project(x, self.kernel[...].astype(x.dtype), self.inputs)
 
 
 class Embedding(nnx.Module):

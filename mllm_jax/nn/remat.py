@@ -25,9 +25,17 @@ NAMES = {
     "out": "the output matrix of attention",
     "mlp": "the first products of a feed-forward layer, before its activation",
 }
+LOW = "low"                             # what a product in eight bits gives, in the compute dtype (nn/quantized.py)
+
+
+def _dots(prim: object, *inputs: jax.core.ShapedArray, **params: object) -> bool:
+    """Products with weights; of those in eight bits not the sums, which are twice as wide as what is made of them."""
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *inputs, **params) and inputs[0].dtype.itemsize > 1
+
+
 WHOLE = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_dots, jax.checkpoint_policies.save_only_these_names(LOW)),
 }
 HOST = "host:"
 
