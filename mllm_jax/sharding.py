@@ -222,6 +222,16 @@ def cut_axes(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[Mesh, tuple[
     return cut, tuple(f"{a}.out" for a in axes), tuple(f"{a}.in" for a in axes)
 
 
+def cut_spec(of: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The same partition on a mesh that `cut_axes` made of these axes."""
+    return PartitionSpec(*(tuple(b for a in mesh_axes(entry) for b in ((f"{a}.out", f"{a}.in") if a in axes else (a,))) or None for entry in of))
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of a mesh that one entry of a partition names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def host_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """(index, count) of the part of the rows that this process must read.
 

@@ -17,8 +17,9 @@ from mllm_jax.connectors.items import join_items, split_items
 from mllm_jax.nn import stack
 from mllm_jax.nn.attention import Attention
 from mllm_jax.nn.block_config import BlockConfig
+from mllm_jax.nn.lookup import lookup
 from mllm_jax.nn.mlp import MLP
-from mllm_jax.nn.param import Embedding, LayerNorm, Linear, lookup, normal, param
+from mllm_jax.nn.param import Embedding, LayerNorm, Linear, normal, param
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain
 from mllm_jax.types import Features, Grid, struct

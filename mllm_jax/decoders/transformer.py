@@ -16,7 +16,8 @@ from mllm_jax.decoders.layers import Layer, Memory, Scene
 from mllm_jax.nn import stack, visibility
 from mllm_jax.nn.attention import LayerCache
 from mllm_jax.nn.block_config import BlockConfig
-from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, lookup, normal, param, zeros
+from mllm_jax.nn.lookup import lookup
+from mllm_jax.nn.param import Embedding, LayerNorm, RMSNorm, normal, param, zeros
 from mllm_jax.nn.position import LinearScaling, Llama3Scaling, Rope, Rotation
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import compute_dtype, constrain

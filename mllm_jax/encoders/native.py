@@ -20,7 +20,8 @@ from mllm_jax.encoders.vit import CLIP_MEAN, CLIP_STD, HALF, normalize
 from mllm_jax.nn import stack
 from mllm_jax.nn.block import Block
 from mllm_jax.nn.block_config import BlockConfig
-from mllm_jax.nn.param import LayerNorm, Linear, RMSNorm, lookup, normal, param
+from mllm_jax.nn.lookup import lookup
+from mllm_jax.nn.param import LayerNorm, Linear, RMSNorm, normal, param
 from mllm_jax.nn.position import Rope
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import constrain

@@ -14,7 +14,8 @@ from flax import nnx
 
 from mllm_jax.config import config
 from mllm_jax.nn.fusion import once_back, project
-from mllm_jax.sharding import compute_dtype, constrain
+from mllm_jax.nn.lookup import lookup
+from mllm_jax.sharding import compute_dtype
 
 Params = dict[str, jax.Array]
 
@@ -96,19 +97,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         if self.added is None:
-            return lookup(self.table[...], tokens, "vocab").astype(compute_dtype())
+            return lookup(self.table[...], tokens, "vocab", compute_dtype())
         n = self.table.shape[0]
-        old = lookup(self.table[...], jnp.minimum(tokens, n - 1), "vocab")
-        new = lookup(self.added[...], jnp.maximum(tokens - n, 0), "vocab")
-        return jnp.where(tokens[..., None] < n, old, new).astype(compute_dtype())
-
-
-def lookup(table: jax.Array, index: jax.Array, axis: str) -> jax.Array:
-    """Rows i32[b s] of a table f[n d] whose first axis has this name -> f[b s d].
-
-    The width is gathered first: from a table split both ways the partitioner would replicate every row it finds.
-    """
-    return constrain(jnp.take(constrain(table, f"{axis} embed_act"), index, axis=0), "batch seq embed_act")
+        old = lookup(self.table[...], jnp.minimum(tokens, n - 1), "vocab", compute_dtype())
+        new = lookup(self.added[...], jnp.maximum(tokens - n, 0), "vocab", compute_dtype())
+        return jnp.where(tokens[..., None] < n, old, new)
 
 
 @config

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mllm_jax.sharding import current, current_mesh, cut_axes, spec
+from mllm_jax.sharding import current, current_mesh, cut_axes, cut_spec, mesh_axes, spec
 
 TOKEN_BYTES = 256 << 20                 # hidden states of a group of chips in the compute dtype, and their gradient in float32
 LANES = 128                             # columns of a block are a multiple of this where the vocabulary has so many
@@ -50,7 +50,7 @@ class Split(NamedTuple):
     @property
     def others(self) -> Axes:
         """Axes over which tokens differ and the matrix is the same."""
-        used = [a for entry in self.tokens for a in _tuple(entry)]
+        used = [a for entry in self.tokens for a in mesh_axes(entry)]
         return tuple(a for a in used if a not in self.width)
 
 
@@ -60,8 +60,8 @@ def plan(hidden: jax.Array, unembed: jax.Array, floats: int) -> Split | None:
     if mesh is None or mesh.size == 1:
         return None
     tokens = spec(("batch", "seq"), hidden.shape[:2], rules, mesh)
-    width, columns = map(_tuple, spec(("embed", "vocab"), unembed.shape, rules, mesh))
-    used = [a for entry in tokens for a in _tuple(entry)]
+    width, columns = map(mesh_axes, spec(("embed", "vocab"), unembed.shape, rules, mesh))
+    used = [a for entry in tokens for a in mesh_axes(entry)]
     size = lambda axes: math.prod(mesh.shape[a] for a in axes)
     if size(width) == 1 or not set(width) <= set(used) or set(columns) & set(used):
         return None
@@ -74,10 +74,9 @@ def plan(hidden: jax.Array, unembed: jax.Array, floats: int) -> Split | None:
     cut, outer, inner = cut_axes(mesh, width, g)
     turns = max(1, math.ceil(v / g / max(LANES, floats // (g * n) // LANES * LANES)))
     block = min(v // g, math.ceil(v / g / turns / LANES) * LANES)
-    split = lambda axes: tuple(b for a in axes for b in ((f"{a}.out", f"{a}.in") if a in width else (a,)))
     return Split(
-        mesh=cut, tokens=P(*(split(_tuple(entry)) or None for entry in tokens)), width=split(width), columns=columns, outer=outer,
-        inner=inner, g=g, block=block, turns=math.ceil(v / (g * block)))
+        mesh=cut, tokens=cut_spec(tokens, width), width=mesh_axes(*cut_spec(P(width), width)), columns=columns, outer=outer, inner=inner,
+        g=g, block=block, turns=math.ceil(v / (g * block)))
 
 
 def forward(split: Split, options: tuple[float, float], hidden, unembed, targets, weights) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -212,7 +211,3 @@ def _own(split: Split, x, n: int) -> jax.Array:
 def _index(axes: Axes, mesh: Mesh) -> jax.Array:
     """The number of this chip among those that differ in these axes."""
     return jax.lax.axis_index(axes) if axes else jnp.int32(0)
-
-
-def _tuple(entry) -> Axes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
