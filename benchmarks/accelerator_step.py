@@ -62,7 +62,7 @@ def nanovlm() -> tuple[Recipe, int, int]:
     image = TowerConfig(view=Square(size=224), encoder=replace(vit.SIGLIP_B16_224, pool="none"),
                         connector=ShuffleConfig(grid=14, side=2, mlp=MLPConfig(depth=1, bias=False)))
     data = Data(sources={"digits_questions": 1.0}, batch_size=256, seq_len=128, items={"image": 1}, trained=48)
-    return of_one_stage(MLLMConfig(inputs={"image": image}, decoder=llm.SMOLLM2_135M), data), 1, 1
+    return of_one_stage(MLLMConfig(inputs={"image": image}, decoder=replace(llm.SMOLLM2_135M, vocab=49_152, head="tied")), data), 1, 1
 
 
 def smolvlm() -> tuple[Recipe, int, int]:
