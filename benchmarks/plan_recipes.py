@@ -1,8 +1,8 @@
 """Every recipe in full size on chips of every kind: does its heaviest stage fit, how fast is it, and what bounds it?
 
-    python benchmarks/plan_recipes.py                                       what docs/plans.jsonl has not yet, small recipes first
-    python benchmarks/plan_recipes.py --recipes projector/llava_15 --topologies v5e:8x8 2*v5e:8x8 --out plans.jsonl
-    python benchmarks/plan_recipes.py --print                               only the tables, which are those of docs/plans.md
+    python benchmarks/plan_recipes.py                       what docs/plans.jsonl has not yet, small recipes first; then docs/plans.md
+    python benchmarks/plan_recipes.py --recipes projector/llava_15 --topologies v5e:8x8 2*v5e:8x8 --out plans.jsonl --page plans.md
+    python benchmarks/plan_recipes.py --print               only the tables
 
 The step that `train` runs is compiled for the topology (mllm_jax/plan).  The batch is the recipe's, or where that does not divide
 over the chips the next larger one that does.  A pair takes one to ten minutes, so they are kept as they are made (plans.py), and
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import plans  # noqa: E402
 from benchmarks.plans import Job, Row, key  # noqa: E402
 
-FILE = ROOT / "docs" / "plans.jsonl"
+FILE, PAGE = ROOT / "docs" / "plans.jsonl", ROOT / "docs" / "plans.md"
 TOPOLOGIES = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "2*v5e:8x8", "v4:4x4x4", "v5e:16x16")
 POSITIONS = 8192                        # of rows and of patches that a chip of 16 GiB works on at once, to begin with
 KEEP = "qkv+attention+mlp"              # what layers keep where there is room
@@ -169,14 +169,17 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", metavar="NAME", help="chapter/system, with knobs after a colon; all by default")
     parser.add_argument("--topologies", nargs="*", default=TOPOLOGIES, metavar="NAME", help="v5e:8x8, or 2*v5e:8x8 for two slices")
     parser.add_argument("--tiny", action="store_true", help="the small versions")
-    plans.add_arguments(parser, FILE)
+    plans.add_arguments(parser, FILE, PAGE)
     args = parser.parse_args()
     sizes = {name: load(name).params or 0 for name in args.recipes or recipe_names()}
     recipes = sorted(sizes, key=sizes.get)
-    if not args.print:
+    made = lambda: list(tables(plans.read(args.out), recipes, args.topologies, args.tiny))
+    if args.print:
+        print("\n".join(made()))
+    else:
         todo = [job_of(r, t, args.tiny) for t in args.topologies for r in recipes]
         plans.make(Path(__file__), todo, args.out, args.jobs, 60 * args.limit, args.again)
-    print("\n".join(tables(plans.read(args.out), recipes, args.topologies, args.tiny)))
+        plans.put(args.page, made())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -22,6 +22,7 @@ Job = Mapping[str, Any]                 # what is planned: JSON; equal jobs are 
 Row = dict[str, Any]                    # of a job: its fields, and what was found, or "error"
 WARNING = "Involuntary full rematerialization"      # XLA could not go from one sharding to another without making the array whole
 ALONE = "--alone"
+MADE = "<!-- what follows is written by the command above -->"
 
 
 def key(job: Job) -> str:
@@ -101,12 +102,19 @@ def summary(made: Any, layout: str) -> Row:
                  for (kind, axes), t in e.traffic.items()]}
 
 
-def add_arguments(parser: argparse.ArgumentParser, file: Path) -> None:
+def put(page: Path, lines: Iterable[str]) -> None:
+    """Writes the lines under the text of a page, in the place of those that were there."""
+    above = page.read_text().partition(MADE)[0] if page.exists() else ""
+    page.write_text("\n".join([above + MADE, "", *lines]) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser, file: Path, page: Path) -> None:
+    parser.add_argument("--page", type=Path, default=page, metavar="FILE", help=f"whose tables are written anew (docs/{page.name})")
     parser.add_argument("--out", type=Path, default=file, metavar="FILE", help=f"lines of JSON; what is there is not made again ({file.name})")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once; each takes a core and 2 to 6 GB (default: 1)")
     parser.add_argument("--limit", type=float, default=60, metavar="MINUTES", help="for one program (default: 60)")
     parser.add_argument("--again", action="store_true", help="make those again that failed")
-    parser.add_argument("--print", action="store_true", help="only print the tables of the file")
+    parser.add_argument("--print", action="store_true", help="only the tables of the file, on this screen")
 
 
 def alone(one: Callable[[Job], Row]) -> bool:

@@ -1,8 +1,8 @@
 """From 16 chips to 6,144: what each chip sends along every axis of the mesh, and how fast a step stays.
 
-    python benchmarks/scaling.py                    what docs/scaling.jsonl has not yet; then the table, and the plot docs/scaling.svg
-    python benchmarks/scaling.py --chips 16 64 --out scaling.jsonl
-    python benchmarks/scaling.py --print
+    python benchmarks/scaling.py                    what docs/scaling.jsonl has not yet; then docs/scaling.md and docs/scaling.svg
+    python benchmarks/scaling.py --chips 16 64 --out scaling.jsonl --page scaling.md --plot scaling.svg
+    python benchmarks/scaling.py --print            only the table
 
 LLaVA-1.5 of 7 billion parameters, stage 2, rows of 4,096 positions with 4 images, as many as chips, on slices of v5p.  Compiled as
 `train` runs it (mllm_jax/plan); a program takes some five minutes, so they are kept as they are made (plans.py).
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import plans  # noqa: E402
 from benchmarks.plans import Job, Row, key  # noqa: E402
 
-FILE, PLOT = ROOT / "docs" / "scaling.jsonl", ROOT / "docs" / "scaling.svg"
+FILE, PAGE, PLOT = (ROOT / "docs" / f"scaling.{kind}" for kind in ("jsonl", "md", "svg"))
 RECIPE, STAGE = "projector/llava_15", "instruct"
 SHAPE = {"seq_len": 4096, "items.image": 4}
 REMAT = "qkv+attention+mlp"
@@ -126,15 +126,17 @@ def main() -> None:
     parser.add_argument("--chips", nargs="*", type=int, default=list(SLICES), choices=list(SLICES), metavar="N", help="16, 64, 256, 1024, 6144")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--plot", type=Path, default=PLOT, metavar="FILE", help="where the plot is written (docs/scaling.svg)")
-    plans.add_arguments(parser, FILE)
+    plans.add_arguments(parser, FILE, PAGE)
     args = parser.parse_args()
     todo = [x for x in jobs(args.chips) if x[1] in args.ways]
-    if not args.print:
-        order = sorted(todo, key=lambda x: list(WAYS).index(x[1]))
-        plans.make(Path(__file__), [job for *_, job in order], args.out, args.jobs, 60 * args.limit, args.again)
-    rows = plans.read(args.out)
-    print("\n".join(table(rows, todo)))
-    args.plot.write_text(plot(rows, todo))
+    made = lambda: list(table(plans.read(args.out), todo))
+    if args.print:
+        print("\n".join(made()))
+        return
+    order = sorted(todo, key=lambda x: list(WAYS).index(x[1]))
+    plans.make(Path(__file__), [job for *_, job in order], args.out, args.jobs, 60 * args.limit, args.again)
+    plans.put(args.page, made())
+    args.plot.write_text(plot(plans.read(args.out), todo))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,14 @@ def test_tables_say_what_is_there_and_what_is_missing(row):
     assert lines[-1] == "- projector/mobilevlm, 2*v5e:2x2: x f32[4]"
 
 
+def test_tables_take_the_place_of_those_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Words\n\n{plans.MADE}\n\nold\n")
+    for _ in range(2):
+        plans.put(page, ["| new |"])
+    assert page.read_text() == f"# Words\n\n{plans.MADE}\n\n| new |\n"
+
+
 def test_a_chip_keeps_of_a_position_what_its_layers_name():
     """Vicuna 7B: 32 layers of queries, keys and values, attention's output, and two products of 11,008, in two bytes."""
     from mllm_jax.config import load
