@@ -54,7 +54,7 @@ def one(job: Job) -> Row:
 
 
 def heaviest(recipe: Any) -> str:
-    """The stage with most work in a step."""
+    """The stage with most work for a row; a batch of more rows goes over more chips, or in parts."""
     import jax
 
     from mllm_jax.data.pack import row_spec
@@ -68,9 +68,9 @@ def heaviest(recipe: Any) -> str:
         trained = trained_of(stage, Blueprint(model, layout, layout.make_mesh(jax.devices("cpu")[:1])).shapes)
         data = stage.data
         spec = row_spec(data.seq_len, data.items, model.inputs, 0, data.trained)
-        return step_flops(model, trained, full_counts(data.batch_size, spec, model.inputs))
+        return step_flops(model, trained, full_counts(1, spec, model.inputs))
 
-    return max(recipe.stages, key=work)
+    return max(reversed(recipe.stages), key=work)
 
 
 def choose(recipe: Any, stage: str, on: Any) -> Iterator[str]:
