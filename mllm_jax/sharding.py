@@ -25,9 +25,13 @@ from mllm_jax.config import ConfigError, config
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 BATCH_AXES = ("data", "fsdp", "expert")
+CONTEXT = "context"                     # splits the positions of a row, and parameters: devices with other positions need all of them in turn
 FSDP_TENSOR: Rules = {
-    "batch": BATCH_AXES,
-    "embed": ("fsdp", "expert"), "expert": "expert", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor",
+    "batch": BATCH_AXES, "seq": CONTEXT,
+    "item": (*BATCH_AXES, CONTEXT),     # media items of all rows, each whole on one device
+    "row_heads": ("tensor", CONTEXT),   # heads, where rows are whole: nn/context.py
+    "row_width": CONTEXT,               # the width, where rows are whole: `pick`
+    "embed": ("fsdp", "expert", CONTEXT), "expert": "expert", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor",
 }
 PARAMETER_AXES = ("embed", "expert", "mlp", "heads", "kv_heads", "vocab")
 LARGE = 1 << 18                         # numbers of a parameter on one device, 1 MiB, from which on every axis splits it
@@ -132,15 +136,17 @@ def compute_dtype() -> jnp.dtype:
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
     """Partition of an array whose last `len(axes)` dimensions have these names.
 
-    A leading axis without a name (stacked layers) is not sharded; nor is an axis that the mesh axes do
-    not divide, or whose mesh axes an earlier dimension already uses.
+    A leading axis without a name (stacked layers) is not sharded, nor is an axis over mesh axes that an earlier dimension
+    already uses; of the mesh axes wanted, the first ones are taken that divide it together.
     """
     used: set[str] = set()
     out: list = [None] * (len(shape) - len(axes))
     for name, size in zip(axes, shape[len(out):]):
         wanted = rules.get(name) or ()
         wanted = tuple(a for a in ((wanted,) if isinstance(wanted, str) else wanted) if a in mesh.shape and a not in used)
-        if wanted and size % math.prod(mesh.shape[a] for a in wanted) == 0:
+        while wanted and size % math.prod(mesh.shape[a] for a in wanted):
+            wanted = wanted[:-1]
+        if wanted:
             used.update(wanted)
             out.append(wanted if len(wanted) > 1 else wanted[0])
         else:
@@ -187,6 +193,12 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.shape)))
 
 
+def positions(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of arrays [b s ...] whose second axis goes along the rows: split over the axis "context" where it divides."""
+    along = CONTEXT if CONTEXT in mesh.shape and shape[1] % mesh.shape[CONTEXT] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*rows(mesh).spec, along))
+
+
 def row_shards(mesh: Mesh | None = None) -> int:
     """Into how many parts the rows of a batch are split; 1 outside a mesh."""
     mesh = _active.get()[1] if mesh is None else mesh
@@ -199,6 +211,14 @@ def check_rows(field: str, rows: int, layout: Layout, mesh: Mesh) -> None:
     if rows % (parts * layout.microbatches):
         raise ConfigError(f"{field} is {rows}; the layout needs a multiple of {parts * layout.microbatches}: "
                           f"{parts} parts of the rows times {layout.microbatches} microbatches")
+
+
+def check_length(field: str, length: int, mesh: Mapping[str, int]) -> None:
+    """Raises ConfigError if a row of so many positions, the value of this field, does not divide over a mesh of these sizes."""
+    parts = mesh.get(CONTEXT, 1)
+    if parts > 1 and length % (2 * parts):
+        raise ConfigError(f"{field} is {length}; the layout needs a multiple of {2 * parts}: two pieces of a row for each of the "
+                          f"{parts} parts of {CONTEXT}={parts}")
 
 
 def cut_axes(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[Mesh, tuple[str, ...], tuple[str, ...]] | None:
@@ -269,7 +289,16 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding_of(tuple(axes.split()), x.shape, layout, mesh))
 
 
-def put_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """This process's rows -> the global array whose rows are spread over the mesh."""
+def pick(x: jax.Array, at: jax.Array) -> jax.Array:
+    """The positions i32[b n] of the rows f[b m d] -> f[b n d].
+
+    Where positions of a row are split, they are exchanged for parts of the width and back, so that no device holds a row.
+    """
+    whole = "batch row row_width"
+    return constrain(jnp.take_along_axis(constrain(x, whole), constrain(at, "batch row")[..., None], axis=1), whole)
+
+
+def put_rows(x: np.ndarray, mesh: Mesh, where: NamedSharding | None = None) -> jax.Array:
+    """This process's rows -> the global array whose rows, or what the sharding says, are spread over the mesh."""
     _, hosts = host_share(mesh)
-    return jax.make_array_from_process_local_data(rows(mesh), x, (x.shape[0] * hosts, *x.shape[1:]))
+    return jax.make_array_from_process_local_data(where or rows(mesh), x, (x.shape[0] * hosts, *x.shape[1:]))

@@ -91,7 +91,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _check_rows(recipe: Any, layout: Any, machine: Any) -> None:
     """What training would say on its first step, said before machines are rented."""
-    from mllm_jax.sharding import BATCH_AXES
+    from mllm_jax.sharding import BATCH_AXES, check_length
 
     sizes = dict(layout.mesh)
     known = math.prod(n for n in sizes.values() if n != -1)
@@ -103,6 +103,7 @@ def _check_rows(recipe: Any, layout: Any, machine: Any) -> None:
                           f"{mesh} with slices={layout.slices} does not fit them; change its sizes so that they multiply to {machine.chips}")
     shards = math.prod(n for k, n in sizes.items() if k in BATCH_AXES) * machine.slices * layout.microbatches
     for name, stage in recipe.stages.items():
+        check_length(f"stages.{name}.data.seq_len", stage.data.seq_len, sizes)
         if stage.data.batch_size % shards:
             raise ConfigError(f"stages.{name}.data.batch_size is {stage.data.batch_size}, and these machines need a multiple of {shards}: "
                               f"choose a smaller layout, or stages.{name}.data.batch_size={-(-stage.data.batch_size // shards) * shards}")

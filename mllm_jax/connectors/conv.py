@@ -28,7 +28,7 @@ from mllm_jax.types import Features, Grid
 Activation = Callable[[jax.Array], jax.Array]
 # Channels stay whole between linear layers: with rows over two axes of a mesh and channels over a third, XLA's gradient
 # through what mixes neighbours is wrong, and in silence (tests/connectors/test_conv.py).
-WHOLE = "batch row column embed_act"
+WHOLE = "item row column embed_act"
 
 
 @config

@@ -31,7 +31,7 @@ def split_grids(x: Features, side: int) -> jax.Array:
 def join_items(y: jax.Array, x: Features) -> Features:
     """f[(b i) k d], made of the items of x -> f[b (i k) d]; an item is there if any of its tokens was."""
     b, k, d = x.mask.shape[0], y.shape[1], y.shape[2]
-    y = constrain(y, "batch patch embed_act")
+    y = constrain(y, "item patch embed_act")
     there = jnp.any(x.mask.reshape(y.shape[0], -1), axis=1)
     return Features(tokens=y.reshape(b, -1, d), mask=jnp.repeat(there.reshape(b, -1), k, axis=1))
 

@@ -121,7 +121,7 @@ class QFormer(nnx.Module):
         x, sees = self.norm(jnp.concatenate(parts, axis=1)), None if text is None else visibility(n, text)
 
         def step(x: jax.Array, layer: QFormerLayer, *_) -> tuple[jax.Array, None]:
-            return layer(constrain(x, "batch seq embed_act"), n, sees, memory), None
+            return layer(constrain(x, "item query embed_act"), n, sees, memory), None
 
         return stack.run(self.blocks, step, x, depth=self.cfg.depth)[0]
 

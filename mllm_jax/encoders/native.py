@@ -109,7 +109,7 @@ class NativeViT(nnx.Module):
             # Numbers and not programs differ between layers, so that one layer is compiled.
             group = jnp.where(is_wide[i], wide, near)
             sees = Visibility(segments=group, order=jnp.zeros_like(group), key_segments=group, key_order=jnp.zeros_like(group))
-            x = block(constrain(x, "batch patch embed_act"), sees, rotation=rotation)[0]
+            x = block(constrain(x, "batch seq embed_act"), sees, rotation=rotation)[0]
             return (x, jnp.where((chosen == i)[:, None, None, None], x, levels)), None
 
         (x, levels), _ = stack.run(self.blocks, step, (x, jnp.zeros((len(cfg.deep), *x.shape), x.dtype)), depth=cfg.depth)

@@ -170,7 +170,7 @@ class ViT(nnx.Module):
         x = x if self.pre_norm is None else self.pre_norm(x)
 
         def step(x: jax.Array, block: Block, *_) -> tuple[jax.Array, None]:
-            return block(constrain(x, "batch patch embed_act"))[0], None
+            return block(constrain(x, "item patch embed_act"))[0], None
 
         return stack.run(self.blocks, step, x, depth=depth)[0]
 

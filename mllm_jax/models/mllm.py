@@ -15,7 +15,7 @@ from mllm_jax.config import ConfigError, config
 from mllm_jax.decoders.layers import Memory
 from mllm_jax.decoders.transformer import Cache, DecoderConfig
 from mllm_jax.models.tower import Tower, TowerConfig
-from mllm_jax.sharding import constrain
+from mllm_jax.sharding import constrain, pick
 from mllm_jax.types import Batch, Features, Media, Outputs, struct
 
 
@@ -95,9 +95,9 @@ def splice(x: jax.Array, features: Features, media: Media) -> jax.Array:
 
     f[b s d], f[b m d] -> f[b s d].
     """
-    token = lambda slot: jnp.take_along_axis(features.tokens, jnp.maximum(slot, 0)[..., None], axis=1)
+    token = lambda slot: pick(features.tokens, jnp.maximum(slot, 0))
     if media.taps is None:
         here = token(media.slot)
     else:
         here = sum(media.mix[..., k, None] * token(media.taps[..., k]) for k in range(media.taps.shape[-1]))
-    return jnp.where(media.slot[..., None] >= 0, here.astype(x.dtype), x)
+    return jnp.where(media.slot[..., None] >= 0, constrain(here.astype(x.dtype), "batch seq embed_act"), x)

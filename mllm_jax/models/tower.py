@@ -138,7 +138,7 @@ class Tower(nnx.Module):
         features = self.encoder(media)
         features = self.connector(features if media.text is None else replace(features, text=media.text))
         # Said, because the partitioner of XLA otherwise gives a two-layer MLP on shuffled patches wrong gradients on a mesh of three axes.
-        features = replace(features, tokens=constrain(features.tokens, "batch patch embed_act"))
+        features = replace(features, tokens=constrain(features.tokens, "batch seq embed_act"))
         if not self.names:
             return features
         marks = jnp.stack([self.marks[name][...] for name in self.names])

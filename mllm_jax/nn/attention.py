@@ -7,6 +7,7 @@ GPU yet.  Elsewhere long rows are read block by block.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from mllm_jax.config import ConfigError
+from mllm_jax.nn import context
 from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.blockwise import LONG, attend_blockwise
 from mllm_jax.nn.flash import attend_flash
@@ -117,23 +119,31 @@ def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, *, scale: float | None = None, window: int | None = None,
 ) -> jax.Array:
     """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
-    groups = k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     own = kernel() if min(q.shape[1], k.shape[1]) >= SHORT else "xla"
+    way = context.way(q, k, visibility)
     if own == "flash" and (visibility is None or isinstance(visibility.start, int)):
-        return attend_flash(q, k, v, visibility, scale=scale, window=window)
+        flash = partial(attend_flash, scale=scale, window=window)
+        return context.by_heads(partial(flash, heads="row_heads"), q, k, v, visibility) if way == "heads" else flash(q, k, v, visibility)
+    core = lambda q, k, v, sees: _attend(own, q, k, v, sees, scale, window)
+    core = core if way is None else partial(context.by_heads if way == "heads" else context.by_keys, core)
+    return keep(core(q, k, v, visibility), "attention")
+
+
+def _attend(own: str, q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, scale: float, window: int | None) -> jax.Array:
+    """`attend` by cuDNN, or by what XLA has."""
     if own == "cudnn" and fits_cudnn(q, k, masked=visibility is not None):
         mask = None if visibility is None else constrain(visibility.mask(window)[:, None], "batch - - -")
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
     if visibility is not None and q.shape[1] * k.shape[1] > LONG * LONG:
-        return keep(attend_blockwise(q, k, v, visibility, scale=scale, window=window), "attention")
-    q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=groups)
+        return attend_blockwise(q, k, v, visibility, scale=scale, window=window)
+    q = rearrange(q * scale, "b s (g r) k -> b g r s k", g=k.shape[2])
     scores = jnp.einsum("bgrsk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
     if visibility is not None:
         # Finite, so that a padding row, which sees nobody, gives a mean and not NaN.
         scores = jnp.where(visibility.mask(window)[:, None, None], scores, -1e30)
     out = jnp.einsum("bgrst,btgk->bsgrk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return keep(rearrange(out, "b s g r k -> b s (g r) k"), "attention")
+    return rearrange(out, "b s g r k -> b s (g r) k")
 
 
 def kernel() -> str:

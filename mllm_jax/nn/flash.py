@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from mllm_jax.nn import context
 from mllm_jax.nn.remat import keep
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import current, current_mesh, spec
@@ -41,6 +42,9 @@ NEVER = -2e38                           # a masked score: exp(NEVER - LEAST) is 
 SKIP, PART, WHOLE = 0, 1, 2             # codes of a pair of blocks
 NN, NT, TN = ((((i,), (j,)), ((), ())) for i, j in ((1, 0), (1, 1), (0, 0)))    # a b, a b^T and a^T b
 
+# What goes into the two passes and comes out, a letter for each array: queries, keys, lines of one number a query, numbers of rows.
+FORWARD, BACKWARD = ("qkknnnn", "ql"), ("qkknnnnqll", "qkk")
+
 Numbers = tuple[jax.Array, jax.Array, jax.Array, jax.Array]             # segments and order of queries, and of keys; i32[b 1 s], i32[b 1 t]
 
 
@@ -50,11 +54,14 @@ class Plan:
 
     block: int                          # queries
     key_block: int
-    n: int                              # blocks of queries
+    n: int                              # blocks of queries on a device
     m: int                              # blocks of keys
     per: int                            # blocks of keys in a chunk, which fast memory holds
     window: int | None
     causal: bool                        # is known to be so: says what a call costs
+    axes: tuple[str, str]               # what the mesh splits rows and heads as
+    pieces: context.Pieces | None       # where it splits positions
+    keys: int                           # before they fill the last chunk
     interpret: bool                     # run by the interpreter of Pallas, on any platform
 
     @property
@@ -64,41 +71,51 @@ class Plan:
     @property
     def share(self) -> float:
         """The part of the pairs of blocks that rows of one example need, as far as is known here."""
-        first, key_first = self.block * np.arange(self.n)[:, None], self.key_block * np.arange(self.m)
-        seen = key_first < first + self.block if self.causal else np.ones((self.n, self.m), bool)
+        parts = 1 if self.pieces is None else self.pieces.parts
+        first, key_first = self.block * np.arange(self.n * parts)[:, None], self.key_block * np.arange(self.m)
+        seen = key_first < first + self.block if self.causal else np.ones((len(first), self.m), bool)
         return float(np.mean(seen if self.window is None else seen & (first - key_first - self.key_block < self.window - 1)))
 
 
 def attend_flash(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, *, scale: float, window: int | None = None,
-    interpret: bool = False,
+    heads: str = "heads", interpret: bool = False,
 ) -> jax.Array:
-    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; a query that sees nothing gives 0.  Without visibility all see all."""
-    (b, s, h, _), (t, g) = q.shape, k.shape[1:3]
-    one = ONE if visibility is None else 0
+    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; a query that sees nothing gives 0.  Without visibility all see all.
+
+    `heads` is what the mesh splits heads as.
+    """
+    (b, s, h, _), t = q.shape, k.shape[1]
+    one, axes = (ONE, ("item", heads)) if visibility is None else (0, ("batch", heads))
     if visibility is None:
         ones = lambda n: jnp.ones((b, n), jnp.int32)
         visibility, window = Visibility(segments=ones(s), order=ones(s), key_segments=ones(t), key_order=ones(t)), None
-    block, key_block = block_of(s, one), block_of(t, one)
+    pieces = context.pieces(q, k, visibility, heads)
+    block, key_block = block_of(s if pieces is None else pieces.length, one), block_of(t, one)
     most = max(1, CHUNK // (-(-k.shape[-1] // 128) * 128 * k.dtype.itemsize * key_block))
     chunks = -(-(blocks := -(-t // key_block)) // most)
     per = -(-blocks // chunks)
-    plan = Plan(block=block, key_block=key_block, n=-(-s // block), m=per * chunks, per=per, window=window, causal=visibility.causal,
-                interpret=interpret)
+    plan = Plan(block=block, key_block=key_block, n=-(-s // block) if pieces is None else 2 * -(-pieces.length // block), m=per * chunks,
+                per=per, window=window, causal=visibility.causal, axes=axes, pieces=pieces, keys=t, interpret=interpret)
 
     fill = lambda x, size, **how: jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), **how)
+    if pieces is None:
+        whole, cut = lambda x, **how: fill(x, block, **how), lambda x: x[:, :s]
+    else:                               # each piece fills blocks of its own
+        split = lambda x: x.reshape(b * 2 * pieces.parts, -1, *x.shape[2:])
+        whole = lambda x, **how: fill(split(x), block, **how).reshape(b, -1, *x.shape[2:])
+        cut = lambda x: split(x)[:, : pieces.length].reshape(b, s, *x.shape[2:])
     key_segments = fill(visibility.key_segments, plan.chunk)
     # Queries that fill the last block see what its last one sees: the block needs no mask for their sake, nor more keys.
-    numbers = (fill(visibility.segments, block, mode="edge"), fill(visibility.order, block, mode="edge"),
+    numbers = (whole(visibility.segments, mode="edge"), whole(visibility.order, mode="edge"),
                jnp.where(key_segments > 0, key_segments, -1), fill(visibility.key_order, plan.chunk, mode="edge"))
-    q, k, v = fill(q * scale, block), fill(k, plan.chunk), fill(v, plan.chunk)
-    # With more devices than key heads, devices with queries of one head have copies of it.
-    parts = _head_parts(h)
-    if g % parts and h % math.lcm(g, parts) == 0:
-        k, v = (jnp.repeat(x, math.lcm(g, parts) // g, axis=2) for x in (k, v))
+    q = whole(q * scale)
+    if pieces is None:
+        k, v = fill(k, plan.chunk), fill(v, plan.chunk)
+    k, v = (context.repeated(x, h, heads) for x in (k, v))
     heads_first = lambda x: rearrange(x, "b s h k -> b h s k")
     out = _flash(heads_first(q), heads_first(k), heads_first(v), tuple(x[:, None] for x in numbers), plan)
-    return rearrange(out, "b h s k -> b s h k")[:, :s]
+    return cut(rearrange(out, "b h s k -> b s h k"))
 
 
 def block_of(n: int, one: int = 0) -> int:
@@ -110,43 +127,51 @@ def block_of(n: int, one: int = 0) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array, numbers: Numbers, plan: Plan) -> jax.Array:
     """f[b h s k], f[b g t k], f[b g t k] -> f[b h s k], queries scaled."""
-    return _on_mesh(_forward, plan, (q, k, v, *numbers))[0]
+    return _on_mesh(_forward, plan, (q, k, v, *numbers), FORWARD)[0]
 
 
 def _flash_forward(q: jax.Array, k: jax.Array, v: jax.Array, numbers: Numbers, plan: Plan) -> tuple:
-    out, lse = (keep(x, "attention") for x in _on_mesh(_forward, plan, (q, k, v, *numbers)))
+    out, lse = (keep(x, "attention") for x in _on_mesh(_forward, plan, (q, k, v, *numbers), FORWARD))
     return out, (q, k, v, numbers, out, lse)
 
 
 def _flash_backward(plan: Plan, kept: tuple, d_out: jax.Array) -> tuple:
     q, k, v, numbers, out, lse = kept
     both = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, None]
-    return *_on_mesh(_backward, plan, (q, k, v, *numbers, d_out, lse, both)), None
+    return *_on_mesh(_backward, plan, (q, k, v, *numbers, d_out, lse, both), BACKWARD), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _head_parts(h: int) -> int:
-    """Into how many parts a mesh splits h heads."""
-    mesh = current_mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[a] for a in _axes(spec(("heads",), (h,), current().rules, mesh)[0]))
-
-
-_axes = lambda part: () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
-def _on_mesh(f: Callable, plan: Plan, args: tuple) -> tuple:
-    """f(plan, *args) on each device's rows and heads; results are split like what they belong to, queries or keys."""
+def _on_mesh(f: Callable, plan: Plan, args: tuple, kinds: tuple[str, str]) -> tuple:
+    """f(plan, *args) on each device's rows, heads and positions; `kinds` says what goes in and what comes out, see FORWARD."""
     mesh, (q, k) = current_mesh(), args[:2]
     if mesh is None or mesh.size == 1:
         return f(plan, *args)
-    rows, heads = spec(("batch", "heads", None, None), q.shape, current().rules, mesh)[:2]
-    heads = heads if k.shape[1] % math.prod(mesh.shape[a] for a in _axes(heads)) == 0 else None
-    by_head, by_row = PartitionSpec(rows, heads, None, None), PartitionSpec(rows, None, None)
-    specs = tuple(by_head if x.ndim == 4 else by_row for x in args)
+    rows, heads = spec(plan.axes, q.shape[:2], current().rules, mesh)
+    heads = heads if k.shape[1] % context.parts_of(context.axes_of(plan.axes[1], q.shape[1])) == 0 else None
+    along = None if plan.pieces is None else plan.pieces.axis
+    keys = along if plan.pieces is not None and k.shape[2] % plan.pieces.parts == 0 else None
+    by = {"q": PartitionSpec(rows, heads, along), "k": PartitionSpec(rows, heads, keys), "l": PartitionSpec(rows, heads, None, along),
+          "n": PartitionSpec(rows)}
+    ins, outs = (tuple(by[kind] for kind in word) for word in kinds)
+    f = partial(f, plan) if plan.pieces is None else partial(_of_pieces, f, plan, kinds, keys is not None)
     # The kernel does not say how what it writes varies over devices.
-    return jax.shard_map(partial(f, plan), mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)(*args)
+    return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(*args)
+
+
+def _of_pieces(f: Callable, plan: Plan, kinds: tuple[str, str], split: bool, *args: jax.Array) -> tuple:
+    """The same on a device that has a part of the positions of a row, and, where they are split, of its keys."""
+    pieces = plan.pieces
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, plan.m * plan.key_block - x.shape[2]), (0, 0)))
+    enter = {"q": lambda x: pieces.deal(x, 2), "l": lambda x: pieces.deal(x, 3), "n": lambda x: x,
+             "k": lambda x: fill(jax.lax.all_gather(x, pieces.axis, axis=2, tiled=True) if split else x)}
+    home = lambda x: jax.lax.psum_scatter(x, pieces.axis, scatter_dimension=2, tiled=True) if split else jax.lax.psum(x, pieces.axis)
+    leave = {"q": lambda x: pieces.back(x, 2), "l": lambda x: pieces.back(x, 3), "k": lambda x: home(x[:, :, : plan.keys])}
+    args = [enter[kind](x) for kind, x in zip(kinds[0], args, strict=True)]
+    args[3:5] = (pieces.cut(x, 2) for x in args[3:5])
+    return tuple(leave[kind](x) for kind, x in zip(kinds[1], f(plan, *args), strict=True))
 
 
 def codes(plan: Plan, segments: jax.Array, order: jax.Array, key_segments: jax.Array, key_order: jax.Array) -> jax.Array:
@@ -163,27 +188,36 @@ def codes(plan: Plan, segments: jax.Array, order: jax.Array, key_segments: jax.A
     whole = (q(low, segments) == k(high, key_segments)) & (q(high, segments) == k(low, key_segments))
     whole &= q(low, order) >= k(high, key_order)
     if plan.window is not None:
-        first = plan.block * jnp.arange(sees.shape[1])[:, None] - plan.key_block * jnp.arange(sees.shape[2])
+        first = starts(plan)[:, None] - plan.key_block * jnp.arange(sees.shape[2])
         sees &= first - (plan.key_block - 1) < plan.window
         whole &= first + (plan.block - 1) < plan.window
     return jnp.where(sees, jnp.where(whole, WHOLE, PART), SKIP)
 
 
-def _table(plan: Plan, numbers: Numbers) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For the scalar core: codes, sixteen to a word, and for each block of queries the first needed block and the one after the last."""
+def starts(plan: Plan) -> jax.Array:
+    """i32[n]: where in the row the first query of each block stands."""
+    if plan.pieces is None:
+        return plan.block * jnp.arange(plan.n, dtype=jnp.int32)
+    inside = plan.block * jnp.arange(plan.n // 2, dtype=jnp.int32)
+    return (plan.pieces.length * plan.pieces.numbers()[:, None] + inside).reshape(-1)
+
+
+def _table(plan: Plan, numbers: Numbers) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """For the scalar core: codes, sixteen to a word, and for each block of queries the first needed block, the one after the last,
+    and where it stands."""
     code = codes(plan, *(x[:, 0] for x in numbers))
     last = jnp.max(jnp.where(code > SKIP, jnp.arange(plan.m) + 1, 0), -1)
     first = jnp.minimum(jnp.min(jnp.where(code > SKIP, jnp.arange(plan.m), plan.m), -1), last)
     flat = jnp.pad(code.reshape(-1), (0, -code.size % 16)).reshape(-1, 16)
     words = jnp.sum(flat << (2 * jnp.arange(16)), -1, dtype=jnp.int32)
-    return words, first.reshape(-1), last.reshape(-1)
+    return words, first.reshape(-1), last.reshape(-1), starts(plan)
 
 
 def _forward(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
     """f[b h s k] and f32[b h 1 s], the logarithm of the sum of exponentials."""
     (b, h, s, d), r = q.shape, q.shape[1] // k.shape[1]
 
-    def near(b: int, i: int, c: int, first: jax.Array, last: jax.Array) -> int:
+    def near(b: int, i: int, c: int, first: jax.Array, last: jax.Array, _) -> int:
         """A chunk that is not needed is not fetched: the index is that of the nearest one that is."""
         at = b * plan.n + i
         return jnp.clip(c, jax.lax.div(first[at], plan.per), jax.lax.div(jnp.maximum(last[at] - 1, 0), plan.per))
@@ -193,7 +227,7 @@ def _forward(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *numbers: jax
     line = pl.BlockSpec((1, 1, plan.block), lambda b, h, i, c, *_: (b, 0, i))
     key_line = pl.BlockSpec((1, 1, plan.chunk), lambda b, h, i, c, _, *ends: (b, 0, near(b, i, c, *ends)))
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3, grid=(b, h, plan.n, plan.m // plan.per),
+        num_scalar_prefetch=4, grid=(b, h, plan.n, plan.m // plan.per),
         in_specs=[mine, keys, keys, line, line, key_line, key_line],
         out_specs=[mine, pl.BlockSpec((1, 1, 1, plan.block), lambda b, h, i, c, *_: (b, h, 0, i))],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((1, plan.block), (1, plan.block), (d, plan.block))])
@@ -206,7 +240,7 @@ def _forward(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, *numbers: jax
     )(*_table(plan, numbers), q, k, v, *numbers)
 
 
-def _forward_kernel(plan: Plan, words, first, last, q, k, v, *refs) -> None:
+def _forward_kernel(plan: Plan, words, first, last, place, q, k, v, *refs) -> None:
     numbers, (out, lse, largest, total, sums) = refs[:4], refs[4:]
     b, i, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -228,7 +262,7 @@ def _forward_kernel(plan: Plan, words, first, last, q, k, v, *refs) -> None:
         seen = jax.lax.dot_general(v[0, 0, here], weights.astype(v.dtype), TN, preferred_element_type=jnp.float32)
         sums[...] = sums[...] * fade + seen
 
-    _each_pair(plan, (b, i, c), (words, first, last), numbers, pair)
+    _each_pair(plan, (b, i, c), (words, first, last, place), numbers, pair)
 
     @pl.when(c == pl.num_programs(3) - 1)
     def _() -> None:
@@ -240,7 +274,7 @@ def _forward_kernel(plan: Plan, words, first, last, q, k, v, *refs) -> None:
 
 def _each_pair(plan: Plan, where: tuple, table: tuple, numbers: tuple, pair: Callable) -> None:
     """pair(keys, mask) for what block i of queries of row b needs of chunk c; the mask is bool[keys, queries], None where all is seen."""
-    (b, i, c), (words, first, last), (segments, order, key_segments, key_order) = where, table, numbers
+    (b, i, c), (words, first, last, place), (segments, order, key_segments, key_order) = where, table, numbers
     at, per = b * plan.n + i, plan.per
 
     def body(j: jax.Array, _: None) -> None:
@@ -258,8 +292,8 @@ def _each_pair(plan: Plan, where: tuple, table: tuple, numbers: tuple, pair: Cal
             mask = (column(key_segments) == segments[0]) & (column(key_order) <= order[0])
             if plan.window is not None:
                 shape = (plan.key_block, plan.block)
-                place = i * plan.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-                mask &= place - jax.lax.broadcasted_iota(jnp.int32, shape, 0) < plan.window + j * plan.key_block
+                at_row = place[i] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+                mask &= at_row - jax.lax.broadcasted_iota(jnp.int32, shape, 0) < plan.window + j * plan.key_block
             pair(here, mask)
 
     jax.lax.fori_loop(jnp.maximum(first[at], c * per), jnp.minimum(last[at], (c + 1) * per), body, None)
@@ -295,7 +329,7 @@ def _backward_chunk(plan: Plan, dtype, table: tuple, c: jax.Array, q, k, v, *oth
     key_line = pl.BlockSpec((1, 1, plan.chunk), lambda b, g, r_, i, *_: (b, 0, 0))
     head_line = pl.BlockSpec((1, 1, 1, plan.block), lambda b, g, r_, i, *_: (b, g * r + r_, 0, i))
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4, grid=(b, g, r, plan.n),
+        num_scalar_prefetch=5, grid=(b, g, r, plan.n),
         in_specs=[mine, keys, keys, line, line, key_line, key_line, mine, head_line, head_line],
         out_specs=[mine, keys, keys],
         scratch_shapes=[pltpu.VMEM((plan.block, d), jnp.float32), *[pltpu.VMEM((plan.chunk, d), jnp.float32)] * 2])
@@ -308,7 +342,7 @@ def _backward_chunk(plan: Plan, dtype, table: tuple, c: jax.Array, q, k, v, *oth
     )(*table, c.reshape(1), q, k, v, *others)
 
 
-def _backward_kernel(plan: Plan, words, first, last, c, q, k, v, *refs) -> None:
+def _backward_kernel(plan: Plan, words, first, last, place, c, q, k, v, *refs) -> None:
     numbers, (d_out, lse, both, d_q, d_k, d_v, q_sum, k_sum, v_sum) = refs[:4], refs[4:]
     b, r, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     q_sum[...] = jnp.zeros_like(q_sum)
@@ -329,7 +363,7 @@ def _backward_kernel(plan: Plan, words, first, last, c, q, k, v, *refs) -> None:
         k_sum[here] += product(d_scores, q[0, 0], NN)
         q_sum[...] += product(d_scores, k[0, 0, here], TN)
 
-    _each_pair(plan, (b, i, c[0]), (words, first, last), numbers, pair)
+    _each_pair(plan, (b, i, c[0]), (words, first, last, place), numbers, pair)
     d_q[0, 0] = q_sum[...].astype(d_q.dtype)
 
     @pl.when((r == pl.num_programs(2) - 1) & (i == pl.num_programs(3) - 1))

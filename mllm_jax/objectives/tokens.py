@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from mllm_jax.config import config
 from mllm_jax.objectives.base import Uncorrupted
 from mllm_jax.objectives.cross_entropy import cross_entropy
+from mllm_jax.sharding import constrain, pick
 from mllm_jax.types import Batch, Mean, Outputs
 
 
@@ -29,8 +30,10 @@ class NextToken(Uncorrupted):
         weights = batch.weights if self.kind is None else batch.weights * (batch.kinds == self.kind)
         hidden, targets = out.hidden, batch.targets
         if batch.trained is not None:
-            at = lambda x: jnp.take_along_axis(x, jnp.maximum(batch.trained, 0).reshape(*batch.trained.shape, *(1,) * (x.ndim - 2)), axis=1)
-            hidden, targets, weights = at(hidden), at(targets), jnp.where(batch.trained < 0, 0.0, at(weights))
+            here = jnp.maximum(batch.trained, 0)
+            at = lambda x: jnp.take_along_axis(x, here, axis=1)
+            hidden = constrain(pick(hidden, here), "batch seq embed_act")
+            targets, weights = at(targets), jnp.where(batch.trained < 0, 0.0, at(weights))
         sums = cross_entropy(hidden, out.unembed, targets, weights, self.z_loss, self.smoothing)
         count = jnp.sum(weights)
         scores = {"loss": Mean(total=sums.loss, count=count), "accuracy": Mean(total=sums.correct, count=count)}

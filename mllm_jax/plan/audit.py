@@ -13,7 +13,7 @@ import numpy as np
 from mllm_jax.plan.hlo import COLLECTIVES, HBM, Hlo, Instruction
 from mllm_jax.plan.network import Network
 from mllm_jax.plan.program import Program
-from mllm_jax.sharding import BATCH_AXES, splitting
+from mllm_jax.sharding import BATCH_AXES, CONTEXT, splitting
 from mllm_jax.types import record
 
 LARGE = 1 << 20                         # bytes on each chip below which nothing is said
@@ -83,7 +83,7 @@ def _gathered(i: Instruction, network: Network) -> tuple[str, ...]:
     # One that is written where it stands (shard_map) is meant.
     if i.collective != "all-gather" or "/shard_map/" in i.source:
         return ()
-    return tuple(a for a in network.cost(i).axes if a in BATCH_AXES)
+    return tuple(a for a in network.cost(i).axes if a in (*BATCH_AXES, CONTEXT))
 
 
 def _all_rows(i: Instruction, rows: int, program: Program) -> tuple[str, ...]:

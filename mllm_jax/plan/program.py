@@ -17,6 +17,7 @@ from mllm_jax.plan.topology import not_kept
 from mllm_jax.recipe import Recipe, Stage
 from mllm_jax.sharding import Layout
 from mllm_jax.train.adapters import model_of, trained_of
+from mllm_jax.train.feed import lies
 from mllm_jax.train.optimizer import build
 from mllm_jax.train.state import Blueprint, TrainState, abstract_state
 from mllm_jax.train.step import jit_step
@@ -60,6 +61,7 @@ def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) 
     mesh = layout.make_mesh(list(devices))
     stage, model = recipe.stages[name], model_of(recipe, name)
     sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, layout, mesh)
+    sharding.check_length(f"stages.{name}.data.seq_len", stage.data.seq_len, mesh.shape)
     with sharding.use(layout, mesh):
         blueprint = Blueprint(model, layout, mesh)
         trained = trained_of(stage, blueprint.shapes)
@@ -76,8 +78,8 @@ def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) 
 
 def abstract_batch(rows: int, spec: RowSpec, mesh: Mesh) -> Batch:
     """Shapes and shardings of what `train/feed.py` gives the step."""
-    where = sharding.rows(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=where), blank_batch(rows, spec))
+    batch = blank_batch(rows, spec)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=where), batch, lies(batch, mesh))
 
 
 def compile(program: Program) -> Compiled:

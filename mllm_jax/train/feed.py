@@ -6,12 +6,13 @@ batch, so a checkpoint holds the state after the batch that was last *used*, wha
 
 import queue
 import threading
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from mllm_jax.sharding import put_rows
+from mllm_jax.sharding import positions, put_rows, rows
 from mllm_jax.types import Batch, record
 
 
@@ -73,7 +74,15 @@ class Feed:
 
 
 def to_device(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows of a numpy batch -> the global batch, rows spread over the mesh."""
-    return jax.tree.map(lambda x: put_rows(x, mesh), batch)
+    """This host's rows of a numpy batch -> the global batch, as `lies` says."""
+    return jax.tree.map(lambda x, where: put_rows(x, mesh, where), batch, lies(batch, mesh))
+
+
+def lies(batch: Batch, mesh: Mesh) -> Batch:
+    """Where each array of a batch lies: rows are spread over the mesh, and of what is large a row too."""
+    along = lambda x: positions(mesh, x.shape)
+    where = jax.tree.map(lambda _: rows(mesh), batch)
+    large = lambda m: {k: along(x) for k in ("values", "target") if (x := getattr(batch.media[m], k)) is not None}
+    return replace(where, media={m: replace(media, **large(m)) for m, media in where.media.items()})
 
 

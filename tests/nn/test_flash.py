@@ -84,7 +84,8 @@ def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients(monkeypatch):
 
 
 def test_blocks_are_left_out_or_need_no_mask_by_their_smallest_and_largest_numbers():
-    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, window=None, causal=False, interpret=True)
+    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, window=None, causal=False, axes=("batch", "heads"),
+                pieces=None, keys=8, interpret=True)
     segments, place = jnp.array([[1, 1, 1, 1, 1, 2, 0, 0]]), jnp.arange(8)[None]
     keys = jnp.where(segments > 0, segments, -1)
     table = lambda order, window=None: codes(replace(plan, window=window), segments, order, keys, order)[0].tolist()
@@ -106,17 +107,23 @@ def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
     assert jnp.isfinite(run(q, k, v.at[:, :128].set(jnp.nan), visible(PLACE, SEGMENTS * 0 + 1), window=2)[:, 257:]).all()
 
 
-@pytest.mark.parametrize("g", [1, 2])
-def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, g):
-    """Rows and heads split over devices, in a loop over layers that are computed again, in a loop over parts of the batch."""
-    cfg, layout = BlockConfig(width=32, mlp=1, heads=4, kv_heads=g), Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2}, remat="full")
+@pytest.mark.parametrize(("mesh", "g"), [
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ({"fsdp": 2, "context": 4}, 2),     # positions exchanged for heads, of which keys have too few
+    ({"context": 8}, 2),                # keys gathered, and queries dealt out
+], ids=str)
+def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, mesh, g):
+    """Rows, positions and heads split over devices, in a loop over layers that are computed again, in a loop over parts of the batch."""
+    cfg, layout = BlockConfig(width=32, mlp=1, heads=4, kv_heads=g), Layout(mesh=mesh, remat="full")
     graph, params = split(stack.make([lambda r: Attention(cfg, rngs=r)], 2, rngs=nnx.Rngs(0)))
-    batch = (jax.random.normal(jax.random.key(1), (8, S, 32)), jnp.tile(SEGMENTS, (4, 1)), jnp.tile(PLACE, (4, 1)))
+    # A row of 16 pieces, of which none fills a block.
+    segments = jnp.pad(jnp.tile(SEGMENTS, (4, 1)), ((0, 0), (0, 4)))
+    batch = (jax.random.normal(jax.random.key(1), (8, S + 4, 32)), segments, jnp.pad(jnp.tile(SPAN, (4, 1)), ((0, 0), (0, 4))))
 
     def loss(params, batch):
         def part(_, batch):
             x, segments, order = batch
-            step = lambda x, layer, *_: (x + layer(x, visible(order, segments))[0], None)
+            step = lambda x, layer, *_: (x + layer(x, visible(order, segments), window=60)[0], None)
             y = stack.run(merge(graph, params), step, x, depth=2)[0]
             return None, jnp.sum(jnp.where(segments[..., None] > 0, y, 0) ** 2)
         parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(4, 2, *x.shape[1:]), 0, 1), batch)
@@ -125,6 +132,7 @@ def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, g):
     want = jax.jit(jax.value_and_grad(loss))(params, batch)
     monkeypatch.setattr(attention, "kernel", lambda: "flash")
     monkeypatch.setattr(attention, "attend_flash", partial(attend_flash, interpret=True))
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
     mesh = layout.make_mesh()
     with use(layout, mesh):
         ours = jax.jit(jax.value_and_grad(loss))(params, jax.tree.map(lambda x: put_rows(np.asarray(x), mesh), batch))
