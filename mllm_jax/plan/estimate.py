@@ -133,7 +133,8 @@ class Replay:
         cycles = int(i.attr(r'"window_config":\{[^}]*?"estimated_cycles":"(\d+)"') or 0)
         if flops:
             trusted = cycles and ("COST_MODEL_TYPE_CLASSIC" in i.attrs or "COST_MODEL_TYPE_ML" in i.attrs)
-            return max(cycles / chip.clock, memory) if trusted else max(flops / chip.peak / MATMUL, roof), flops, "matmul", moved
+            peak = chip.quantized.get(self.work.numbers(name, i), chip.peak)
+            return max(cycles / chip.clock, memory) if trusted else max(flops / peak / MATMUL, roof), flops, "matmul", moved
         self.doubted = max(0.0, cycles / chip.clock - roof)
         kind = "layout" if i.op in ("copy", "transpose", "reshape") else "vector" if alu > memory else "memory"
         return roof, 0.0, kind, moved

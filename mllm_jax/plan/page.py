@@ -20,7 +20,8 @@ def page(p: Plan) -> str:
     title = f"{p.recipe}, stage {p.stage}, on {p.on}"
     shape = ", ".join(f"{k} {n}" for k, n in p.mesh.items() if n > 1) or "one chip"
     head = Raw(f'{STYLE}<header><h1>{text(title)}</h1><p class="note">{p.chips} chips of {p.on.hosts} hosts; mesh {text(shape)}; {p.layout.dtype}, '
-               f'remat {p.layout.remat}, microbatches {p.layout.microbatches}. A step is {p.rows} rows of {p.seq_len:,} positions. '
+               f'quantize {p.layout.quantize}, remat {p.layout.remat}, microbatches {p.layout.microbatches}. '
+               f'A step is {p.rows} rows of {p.seq_len:,} positions. '
                f'{short(p.parameters)} parameters, {short(p.trained)} of them train.</p>{_tiles(p)}</header>')
     if not p.fits:
         why = section("It does not fit", f"<p>{text(said(p.refusal))}.</p>",

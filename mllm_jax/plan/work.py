@@ -35,6 +35,16 @@ class Work:
             return self.of_computation(i.calls or i.called[0])
         return 0.0
 
+    def numbers(self, computation: str, i: Instruction) -> str:
+        """Of what kind the eight bits are that a dot or a convolution (or a fusion of one) reads: "int8", "fp8"; "" for wider ones."""
+        if i.op in ("dot", "convolution"):
+            left = self.hlo.operand(computation, i, 0)
+            return "int8" if left and left.dtype == "s8" else "fp8" if left and left.dtype.startswith("f8") else ""
+        if i.op in ("fusion", "call"):
+            name = i.calls or i.called[0]
+            return next(filter(None, (self.numbers(name, j) for j in self.hlo.body(name))), "")
+        return ""
+
     def of_computation(self, name: str) -> float:
         if name not in self._flops:
             self._flops[name] = sum(self.flops(name, i) for i in self.hlo.body(name))

@@ -3,6 +3,7 @@
 import pytest
 
 from mllm_jax.chips import CHIPS
+from mllm_jax.plan import estimate
 from mllm_jax.plan.estimate import HBM_EFFICIENCY, OVERHEAD, Replay
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import alive
@@ -35,6 +36,15 @@ def test_a_product_takes_the_cycles_that_the_compiler_expects():
     out = replay(product("y", root=True))
     assert (out.seconds, out.flops) == (pytest.approx(1e-3), 2 * 2048**3)
     assert out.by_unit() == {"compute": pytest.approx(1e-3)}
+
+
+@pytest.mark.parametrize(("bits", "rate"), [("f32", V5E.peak), ("s8", V5E.quantized["int8"])])
+def test_a_product_of_which_nothing_is_expected_takes_a_part_of_the_peak_of_its_numbers(bits, rate):
+    big, wide = f"{bits}[4096,4096]{{1,0}}", "f32[4096,4096]{1,0}"
+    ends = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    out = Replay(Hlo(f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {big[:-5]}) -> {wide[:-5]} {{\n  %x = {big} parameter(0)\n"
+                     f"  ROOT %y = {wide} dot(%x, %x), {ends}\n}}\n"), V5E, NET).out
+    assert (out.seconds, out.flops) == (pytest.approx(2 * 4096**3 / rate / estimate.MATMUL), 2 * 4096**3)
 
 
 def test_what_is_no_product_takes_its_bytes():
