@@ -5,8 +5,8 @@
     python benchmarks/plan_recipes.py --print               only the tables
 
 The step that `train` runs is compiled for the topology (mllm_jax/plan).  The batch is the recipe's, or where that does not divide
-over the chips the next larger one that does.  A pair takes one to ten minutes, so they are kept as they are made (plans.py), and
-those that are missing are said to be missing.
+over the chips, even with rows split in pieces of 512 positions, the next larger one that does.  A pair takes one to ten minutes,
+so they are kept as they are made (plans.py), and those that are missing are said to be missing.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from benchmarks.plans import Job, Row, key  # noqa: E402
 FILE, PAGE = ROOT / "docs" / "plans.jsonl", ROOT / "docs" / "plans.md"
 TOPOLOGIES = ("v5e:8x8", "v5p:4x4x4", "v6e:8x8", "2*v5e:8x8", "v4:4x4x4", "v5e:16x16")
 POSITIONS = 8192                        # of rows and of patches that a chip of 16 GiB works on at once, to begin with
+LONGEST = 4                             # times as much is worked on of a row before it is split over chips
+SHORTEST = 512                          # positions of a row that a chip has, where rows are split because they are few
 KEEP = "qkv+attention+mlp"              # what layers keep where there is room
 
 
@@ -44,9 +46,10 @@ def one(job: Job) -> Row:
     on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"])
     recipe = recipe.tiny() if job.get("tiny") else recipe
     stage = heaviest(recipe)
-    paper, chips = recipe.stages[stage].data.batch_size, len(on.devices)
-    recipe = override(recipe, f"stages.{stage}.data.batch_size={-(-paper // chips) * chips}")
-    for words in choose(recipe, stage, on):
+    paper = recipe.stages[stage].data.batch_size
+    rows, layouts_of = choose(recipe, stage, on)
+    recipe = override(recipe, f"stages.{stage}.data.batch_size={rows}")
+    for words in layouts_of:
         made = plan(job["recipe"], recipe, stage, on, layouts.find(words, "tpu"), Options(measure=0))
         if made.fits:
             break
@@ -73,22 +76,30 @@ def heaviest(recipe: Any) -> str:
     return max(reversed(recipe.stages), key=work)
 
 
-def choose(recipe: Any, stage: str, on: Any) -> Iterator[str]:
-    """Layouts for that stage, in words, the best first: all chips of a slice shard everything."""
+def choose(recipe: Any, stage: str, on: Any) -> tuple[int, list[str]]:
+    """(rows of the batch, layouts in words, the best first); chips of a slice share the parameters, and rows that are few or long."""
     from mllm_jax.data.pack import row_spec
     from mllm_jax.train.adapters import model_of
 
-    data, model = recipe.stages[stage].data, model_of(recipe, stage)
-    spec, rows = row_spec(data.seq_len, data.items, model.inputs, 0, data.trained), data.batch_size // len(on.devices)
+    data, model, chips = recipe.stages[stage].data, model_of(recipe, stage), len(on.devices)
+    spec = row_spec(data.seq_len, data.items, model.inputs, 0, data.trained)
     patches = sum(room.items * (1 if model.inputs[m].view.packed else math.prod(model.inputs[m].nominal.grid)) for m, room in spec.media.items())
+    length, at_once = data.seq_len + patches, POSITIONS * on.chip.hbm / 2**34
+    splits = [1]
+    while kept(model) < math.inf and data.seq_len % (4 * splits[-1]) == 0 and data.seq_len >= 2 * splits[-1] * SHORTEST:
+        splits.append(2 * splits[-1])
+    fitting = [c for c in splits if length <= c * LONGEST * at_once] or splits[-1:]
+    context = next((c for c in fitting if data.batch_size % (chips // c) == 0), fitting[0])
+    groups = chips // context
+    rows = -(-data.batch_size // groups)
     parts = [m for m in range(1, rows + 1) if rows % m == 0]
-    at_once = POSITIONS * on.chip.hbm / 2**34
-    first = next((k for k, m in enumerate(parts) if rows // m * (data.seq_len + patches) <= at_once), len(parts) - 1)
+    first = next((k for k, m in enumerate(parts) if rows // m * length <= context * at_once), len(parts) - 1)
+    name = "auto:" + (f"mesh.context={context}," if context > 1 else "")
+    out = [f"{name}remat=full,microbatches={m}" for m in dict.fromkeys((parts[first], parts[(first + len(parts)) // 2], parts[-1]))]
     # As long as what layers keep takes less than a third of a chip, nothing but the cheap rest is computed again.
-    if kept(model) * rows // parts[first] * data.seq_len < on.chip.hbm / 3:
-        yield f"auto:remat={KEEP},microbatches={parts[first]}"
-    for m in dict.fromkeys((parts[first], parts[(first + len(parts)) // 2], parts[-1])):
-        yield f"auto:remat=full,microbatches={m}"
+    if kept(model) * rows // parts[first] * data.seq_len < context * on.chip.hbm / 3:
+        out.insert(0, f"{name}remat={KEEP},microbatches={parts[first]}")
+    return rows * groups, out
 
 
 def kept(model: Any) -> float:
