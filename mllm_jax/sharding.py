@@ -20,6 +20,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.chips import check_quantized
+from mllm_jax.compiler import check_flags
 from mllm_jax.config import ConfigError, config
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -50,16 +51,18 @@ class Layout:
     unroll: int = 1                     # layers in one iteration of the loop over layers
     slices: int = 1                     # the mesh is that of one slice; `data` is so many times longer, over their network.  -1: all there are
     attention: str = "auto"             # "auto": by the platform's own kernel; "xla"; or its name: "flash" on TPU, "cudnn" on GPU
+    flags: str = "auto"                 # for XLA on TPUs: those of the chip; "none"; or sets joined by "+": compiler.py
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
         """The mesh over these devices (all by default); with several slices, neighbours along `data` may be of two of them.
 
         Raises:
-          ConfigError: the sizes do not multiply to the number of devices of a slice, there are not so many slices, or the chips
-            cannot do what `quantize` asks.
+          ConfigError: the sizes do not multiply to the number of devices of a slice, there are not so many slices, the chips
+            cannot do what `quantize` asks, or `flags` are not known.
         """
         devices = jax.devices() if devices is None else list(devices)
         check_quantized(self.quantize, devices[0].device_kind)
+        check_flags(self.flags)
         groups = _slices(devices, self.slices)
         sizes, rest = dict(self.mesh), [k for k, n in self.mesh.items() if n == -1]
         known, each = math.prod(n for n in sizes.values() if n != -1), len(groups[0])

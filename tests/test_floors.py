@@ -14,7 +14,8 @@ RUN = {*BASE, "nn", *PARTS, "models", "objectives", "data", "generate", "hf"}
 
 MAY_IMPORT = {                          # package -> packages of ours that it may import beside itself
     "config": {"configs"},              # `load` looks a recipe up by its name
-    "types": set(), "recipe": {"config"}, "chips": {"config"}, "sharding": {"config", "types", "chips"}, "hosts": {"config", "sharding"},
+    "types": set(), "recipe": {"config"}, "chips": {"config"}, "compiler": {"config", "chips"},
+    "sharding": {"config", "types", "chips", "compiler"}, "hosts": {"config", "sharding"},
     "nn": {"config", "types", "sharding"},
     "encoders": {"config", "types", "sharding", "nn"},
     "connectors": {"config", "types", "sharding", "nn"},
@@ -24,7 +25,7 @@ MAY_IMPORT = {                          # package -> packages of ours that it ma
     "models": MODEL - {"models"},
     "hf": {*MODEL, "data"},
     "generate": {*MODEL, "data", "hosts"},
-    "train": {*RUN, "evaluation"},
+    "train": {*RUN, "compiler", "evaluation"},
     "evaluation": RUN,
     "configs": {*RUN, "evaluation", "train"} - {"hf"},
     "launch": {"config", "chips", "sharding"},

@@ -62,7 +62,7 @@ def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) 
     stage, model = recipe.stages[name], model_of(recipe, name)
     sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, layout, mesh)
     sharding.check_length(f"stages.{name}.data.seq_len", stage.data.seq_len, mesh.shape)
-    with sharding.use(layout, mesh):
+    with sharding.use(layout, mesh), not_kept():
         blueprint = Blueprint(model, layout, mesh)
         trained = trained_of(stage, blueprint.shapes)
         optimizer = build(stage.optimizer, stage.steps, sorted(trained))
@@ -71,7 +71,7 @@ def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) 
         batch = abstract_batch(stage.data.batch_size, spec, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-        lowered = jit_step(blueprint.graph, stage, optimizer, layout).lower(state, batch, key)
+        lowered = jit_step(blueprint.graph, stage, optimizer, layout, mesh).lower(state, batch, key)
     return Program(model=model, stage=stage, layout=layout, mesh=mesh, blueprint=blueprint, trained=trained, spec=spec, state=state,
                    batch=batch, lowered=lowered, lower_seconds=time.monotonic() - began)
 

@@ -74,7 +74,7 @@ def _train_stage(run: Run, name: str, log: Log, lockstep: Lockstep) -> dict[str,
         ledger.turn("start")
         data_state = iterator.get_state()
         feed = Feed(iterator, mesh)
-        step = jit_step(blueprint.graph, stage, optimizer, options.layout)
+        step = jit_step(blueprint.graph, stage, optimizer, options.layout, mesh)
         key = jax.random.key(stage.data.seed)
         rate = schedule(stage.optimizer, stage.steps)
         program, compiled, recent, totals = None, 0.0, {}, _Totals(model_cfg, trained, sharding.host_share(mesh)[1], options.peak)

@@ -13,7 +13,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from mllm_jax import compiler
 from mllm_jax.nn.param import Params, merge
 from mllm_jax.objectives.base import Objective
 from mllm_jax.recipe import Stage
@@ -49,10 +51,10 @@ def make_step(
     return step
 
 
-def jit_step(graph: object, stage: Stage, optimizer: optax.GradientTransformation, layout: Layout) -> jax.stages.Wrapped:
-    """The step of a stage as it is run; the new state takes the place of the old one."""
+def jit_step(graph: object, stage: Stage, optimizer: optax.GradientTransformation, layout: Layout, mesh: Mesh) -> jax.stages.Wrapped:
+    """The step of a stage as it is run on this mesh; the new state takes the place of the old one."""
     step = make_step(graph, stage.objectives, optimizer, microbatches=layout.microbatches, ema=stage.ema)
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler.flags(layout.flags, mesh.devices.flat[0]))
 
 
 def corrupt(objectives: Mapping[str, Objective], batch: Batch, key: jax.Array) -> Batch:
