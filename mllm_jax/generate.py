@@ -24,7 +24,7 @@ from mllm_jax.data.templates import Template
 from mllm_jax.data.tokenize import encode_prompt
 from mllm_jax.hosts import gather, is_writer, local_rows
 from mllm_jax.models.mllm import Entering, MLLMConfig
-from mllm_jax.nn.param import Params, axes_of, merge, split
+from mllm_jax.nn.param import Params, abstract, axes_of, merge, split
 from mllm_jax.sharding import Layout, constrain, host_share, put_rows, row_shards, sharding_of_parameter, use
 from mllm_jax.sharding import rows as by_rows
 from mllm_jax.types import Batch, Example, record
@@ -159,7 +159,7 @@ class Generator:
         self.layout = layout or Layout()
         self.mesh = self.layout.make_mesh() if mesh is None else mesh
         self.rows = batch_rows(rows, self.mesh)
-        module = nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
+        module = abstract(model)
         graph, self.params = split(module)[0], place(params, module, self.layout, self.mesh)
         self.stops = np.asarray(self.template.stops, np.int32)
 

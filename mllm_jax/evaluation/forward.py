@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.config import ConfigError
@@ -25,7 +24,7 @@ from mllm_jax.hosts import local_rows
 from mllm_jax.models.bridge import BridgeConfig
 from mllm_jax.models.dual_encoder import DualEncoderConfig
 from mllm_jax.models.mllm import MLLMConfig
-from mllm_jax.nn.param import merge, split
+from mllm_jax.nn.param import abstract, merge, split
 from mllm_jax.objectives.cross_entropy import token_log_probs
 from mllm_jax.sharding import Layout, put_rows, use
 from mllm_jax.sharding import rows as by_rows
@@ -39,7 +38,7 @@ class Forward:
     def __init__(self, model: Any, params: Mapping[str, Any], tokenizer: Any, layout: Layout, mesh: Mesh, template: str):
         self.towers, self.tokenizer, self.template = model.inputs, tokenizer, Template(template, tokenizer)
         self.layout, self.mesh = layout, mesh
-        module = nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
+        module = abstract(model)
         self.graph, self.params = split(module)[0], place(params, module, layout, mesh)
 
     def compile(self, function: Callable[[Any, Batch], Any], *, replicated: bool = False) -> Callable[[Batch], Any]:

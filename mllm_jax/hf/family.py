@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, replace
 from typing import Any
 
-import jax
 import numpy as np
 from einops import rearrange
-from flax import nnx
 
 from mllm_jax.config import ConfigError, compare, config
 from mllm_jax.connectors.pool import NestedConfig
-from mllm_jax.nn.param import split
+from mllm_jax.nn.param import abstract, split
 
 LEAVES_OF_LORA = ("lora/a", "lora/b")
 
@@ -187,13 +185,7 @@ def differences(a: Any, b: Any, free: tuple[str, ...] = ()) -> dict[str, tuple[A
 
 def parameter_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model; nothing is allocated."""
-    if (key := repr(cfg)) not in _SHAPES:           # asked for by each step of a conversion, and a model takes long to trace
-        _, params = split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
-        _SHAPES[key] = {path: tuple(p.shape) for path, p in params.items()}
-    return dict(_SHAPES[key])
-
-
-_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}
+    return {path: tuple(p.shape) for path, p in split(abstract(cfg))[1].items()}
 
 
 def _plain(node: Any) -> Any:

@@ -5,8 +5,10 @@ paths such as `decoder/blocks/0/attn/q/kernel`.  Globs select parts of it, `|` j
 needs to know the shape of the tree.  `split` and `merge` go between the two.
 """
 
+import collections
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,19 @@ def next_key(rngs: nnx.Rngs) -> jax.Array:
     count = stream.count.get_value()
     stream.count.set_value(count + 1)
     return jax.random.fold_in(stream.key.get_value(), count)
+
+
+def abstract(cfg: Any) -> nnx.Module:
+    """The model of a configuration with shapes in place of arrays.  Do not change it: the last ones made are kept, for those who ask again."""
+    for known, module in _ABSTRACT:
+        if known == cfg:
+            return module
+    module = jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
+    _ABSTRACT.append((cfg, module))
+    return module
+
+
+_ABSTRACT: collections.deque[tuple[Any, nnx.Module]] = collections.deque(maxlen=8)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

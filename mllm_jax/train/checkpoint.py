@@ -29,6 +29,7 @@ from mllm_jax.train.state import Blueprint, TrainState, under
 from mllm_jax.train.storage import anywhere, cause, check_room, passing, pauses, tell
 
 KEEP = 2                                # newest checkpoints kept in a stage
+SHARED = 1 << 20                        # bytes of an array from which on its copies write a part each
 ANEW = "start anew with --fresh"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "mllm_jax")
 
@@ -63,7 +64,11 @@ class Checkpoints:
     def save_frozen(self, frozen: Params) -> None:
         """Writes what the stage does not train, once."""
         if frozen and not (self.folder / "frozen").exists():
-            self._persist("the frozen parameters", frozen, lambda: ocp.save(self.folder / "frozen", frozen, overwrite=True))
+            def write() -> None:
+                with _saving():
+                    ocp.save(self.folder / "frozen", frozen, overwrite=True)
+
+            self._persist("the frozen parameters", frozen, write)
 
     def save(self, step: int, state: TrainState, data_state: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:
         """Starts to write; the state may be donated to the next step at once.
@@ -81,10 +86,7 @@ class Checkpoints:
         meta = {**meta, "step": step, "data_states": json.dumps(gather(data_state)), "versions": versions()}
 
         def begin() -> None:
-            context = ocp.Context()
-            # In the background they would leave a thread behind that waits for a folder that could not be made, for ten minutes.
-            context.asynchronous.create_directories_asynchronously = False
-            with context:
+            with _saving():
                 pending = self.saver.save_checkpointables_async(step, {"state": parts, "meta": meta}, overwrite=True)
             if wait:
                 pending.result()
@@ -346,6 +348,15 @@ def _stage_folder(scheme: str, rest: str, run_dir: Path, runs: Path) -> tuple[Pa
     if not (folder / "checkpoints").exists():
         raise ConfigError(f"{scheme}://{rest} has no checkpoint under {folder}; train it first")
     return folder, subtree
+
+
+def _saving() -> ocp.Context:
+    context = ocp.Context()
+    # In the background they would leave a thread behind that waits for a folder that could not be made, for ten minutes.
+    context.asynchronous.create_directories_asynchronously = False
+    # Each part is cut by a program of its own, compiled for it, and is a file of its own.
+    context.array.saving.min_slice_bytes_for_replica_parallel = SHARED
+    return context
 
 
 class _explained:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mllm_jax.config import ConfigError, nearest
-from mllm_jax.nn.param import Params, axes_of, split
+from mllm_jax.nn.param import Params, abstract, axes_of, split
 from mllm_jax.sharding import Layout, sharding_of_parameter
 from mllm_jax.types import struct
 
@@ -38,7 +38,7 @@ class Blueprint:
 
     def __init__(self, model_cfg: Any, layout: Layout, mesh: Mesh):
         self.cfg, self.layout, self.mesh = model_cfg, layout, mesh
-        module = nnx.eval_shape(lambda: model_cfg.build(rngs=nnx.Rngs(0)))
+        module = abstract(model_cfg)
         self.graph, shapes = split(module)
         self.axes = axes_of(module)
         self.shapes = {

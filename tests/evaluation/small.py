@@ -40,13 +40,11 @@ def dual():
 
 def spread(cfg, seed: int = 1) -> dict:
     """Numpy weights large enough that the answer depends on the image, and logits differ by more than rounding."""
-    import jax
     import numpy as np
-    from flax import nnx
 
-    from mllm_jax.nn.param import split
+    from mllm_jax.nn.param import abstract, split
 
-    shapes = split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))[1]
+    shapes = split(abstract(cfg))[1]
     rng = np.random.default_rng(seed)
     plain = lambda k: 1.0 if k.endswith("scale") and "log" not in k else 0.0
     return {k: (rng.normal(0, 0.25, v.shape) + plain(k)).astype(np.float32) for k, v in sorted(shapes.items())}

@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mllm_jax.nn import stack
-from mllm_jax.nn.param import merge, split
+from mllm_jax.nn.param import abstract, merge, split
 from mllm_jax.types import Batch, Media
 
 
 def graph_of(cfg):
-    return split(jax.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))[0]
+    return split(abstract(cfg))[0]
 
 
 def batch(tokens: np.ndarray, lengths: list[int], media: Media | None = None) -> Batch:
