@@ -19,7 +19,7 @@ NEEDS = (3, 11)
 VERBS = {
     # name: (environment, extras, command inside it)
     "first": (".venv-first", "", ["-m", "mllm_jax.cli", "train", "first/digits"]),
-    "test": (".venv-test", "[test]", ["-m", "pytest", "-n", str(min(os.cpu_count() or 1, 8))]),
+    "test": (".venv-test", "[test]", ["-m", "pytest", "-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]),
 }
 
 
