@@ -264,7 +264,7 @@ class _Turn:
         found = inside(self.hlo, i) if i.op == "fusion" and "async_collective" not in (i.calls or "") else None
         if found is None:
             return False
-        cost = self.replay.network.cost(found)
+        cost = self.replay.network.cost(found, by=i)
         if cost.kind == "all-reduce":               # of which the fusion keeps a part: a reduce-scatter by another name
             cost = Cost(kind="reduce-scatter", axes=cost.axes, bytes=cost.bytes / 2, seconds=cost.seconds / 2)
         self._wait(*self._send(cost), f"{cost.kind} {i.shape.strip('(').partition('{')[0]}")

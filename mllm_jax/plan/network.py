@@ -1,6 +1,7 @@
 """What collectives cost: bytes that a chip sends, seconds on the wires, and along which mesh axes.
 
-Inside a slice, rings over every side of the torus that a group spans, both ways around where the side closes.  Between
+Inside a slice, rings over every side of the torus that a group spans, both ways around where the side closes; but one ring
+through all the group, where the compiler notes that it chose that for a reduction.  Between
 slices libtpu exchanges through the hosts: a collective over both is one inside each slice, and `send` and `recv` of the
 share of each chip.  A program of several slices names the devices of one.
 """
@@ -50,8 +51,8 @@ class Network:
         """The mesh axes along which these devices differ."""
         return tuple(name for k, name in enumerate(self.mesh) if len(set(self.places[members, k])) > 1)
 
-    def cost(self, i: Instruction) -> Cost:
-        """Of a collective instruction, or of the one that starts it, inside a slice."""
+    def cost(self, i: Instruction, by: Instruction | None = None) -> Cost:
+        """Of a collective instruction, or of the one that starts it, inside a slice; `by` is the fusion that it stands in."""
         if i.collective == "collective-permute":
             return self._permute(i)
         members = replica_groups(i, len(self.coords))[0]
@@ -59,6 +60,8 @@ class Network:
         whole = size * n if kind == "reduce-scatter" else size          # of the array that is gathered, reduced or scattered
         rounds = 2 if kind == "all-reduce" else 1
         rate, hops = self._links(members)
+        if (by or i).attr(r'"strategy":"(\w+)"') == "StrategyRing" and n > 2:
+            rate, hops = min(rate, EFFICIENCY * 2 * self.chip.link), n / 2
         sent = rounds * whole * (n - 1) / n
         seconds = sent / rate
         if "all-to-all" in kind:

@@ -38,6 +38,15 @@ def test_a_group_over_both_sides_has_all_four_links():
     assert cost.seconds == pytest.approx(64 * MIB * 255 / 256 / (4 * 45e9 * EFFICIENCY) + 16 * HOP)
 
 
+def test_a_reduction_that_the_compiler_sends_round_one_ring_has_its_two_links():
+    """Of six, on a torus that closes at four chips; where the compiler says nothing, all."""
+    cube = Network(CHIPS["v5p"], [(x, y, z, 0) for x in range(4) for y in range(4) for z in range(4)], {"fsdp": 64})
+    scattered = collective("reduce-scatter", "bf16[64,4096]{1,0}", "[1,64]<=[64]")
+    ring = Instruction("f", "fusion", scattered.shape, [], "", ', backend_config={"emitter":"E","strategy":"StrategyRing"}', False)
+    assert cube.cost(scattered).seconds == pytest.approx(32 * MIB * 63 / 64 / (6 * 90e9 * EFFICIENCY) + 6 * HOP)
+    assert cube.cost(scattered, by=ring).seconds == pytest.approx(32 * MIB * 63 / 64 / (2 * 90e9 * EFFICIENCY) + 32 * HOP)
+
+
 def test_groups_that_lie_between_one_another_share_their_links():
     """A side of 16 as 4 x 4: four neighbours are a line; every fourth chip makes a ring, of which there are four on the same wires."""
     network = Network(V5E, [(x, 0, 0, 0) for x in range(16)], {"data": 4, "fsdp": 4})
