@@ -53,20 +53,11 @@ def test_a_table_that_the_mesh_does_not_divide_is_whole_on_each_device():
 
 def test_on_a_chip_only_its_part_of_the_table_is_held_in_memory():
     pytest.importorskip("libtpu")
-    from mllm_jax.plan.topology import not_kept, topology
+    from benchmarks.lookup_memory import program
+    from mllm_jax.plan.topology import not_kept
 
-    n, d, length, layout = 65_536, 2048, 1024, Layout(mesh={"fsdp": 8}, dtype="bfloat16")
-    mesh = layout.make_mesh(list(topology("v5e:2x4").devices))
-    where = sharding_of_parameter(("vocab", "embed"), (n, d), layout, mesh)
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((8, length, *shape), dtype, sharding=rows(mesh))
-    table = jax.ShapeDtypeStruct((n, d), jnp.float32, sharding=where)
-
-    def both(table: jax.Array, index: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found, back = jax.vjp(lambda table: lookup(table, index, "vocab", jnp.bfloat16), table)
-        return found, *back(grad)
-
-    with use(layout, mesh), not_kept():
-        program = jax.jit(both, out_shardings=(rows(mesh), where)).lower(table, array(jnp.int32), array(jnp.bfloat16, d)).compile()
-    part, result = n * d * 4 // 8, length * d * 2
+    tokens, width, length = 65_536, 2048, 1024
+    with not_kept():
+        temporaries = program("v5e:2x4", tokens, width, length).compile().memory_analysis().temp_size_in_bytes
     # The part and its gradient in the layout in which rows lie together; and rows and their gradient, sent and received.
-    assert program.memory_analysis().temp_size_in_bytes <= 2 * part + 4 * result
+    assert temporaries <= 2 * tokens * width * 4 // 8 + 4 * length * width * 2
