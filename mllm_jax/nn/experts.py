@@ -83,7 +83,8 @@ class Experts(nnx.Module):
             return merge(graph, params).apply(x, routes, room, Share())
         lies = {k: spec(tuple(a if a in SPLIT else None for a in axes), params[k].shape, rules, mesh)
                 for k, axes in axes_of(self).items()}
-        rows = spec(("batch", None, None), x.shape, rules, mesh)
+        # Room is counted in whole rows; where there is no end of it, positions of a row may be on several devices.
+        rows = spec(("batch", "seq" if room is None else None, None), x.shape, rules, mesh)
         share = _share(lies["up/kernel"], rows)
         apply = lambda params, x, routes: merge(graph, params).apply(x, routes, room, share)
         return jax.shard_map(apply, mesh=mesh, in_specs=(lies, rows, rows), out_specs=rows)(params, x, routes)

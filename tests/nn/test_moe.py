@@ -196,6 +196,7 @@ def test_of_rows_without_tokens_everything_is_zero():
 MESHES = {
     "expert-data": Layout(mesh={"data": 2, "expert": 4}),
     "fsdp-expert-tensor": Layout(mesh={"fsdp": 2, "expert": 2, "tensor": 2}),
+    "expert-context": Layout(mesh={"fsdp": 2, "expert": 2, "context": 2}),
     "experts on the axis of tensors": Layout(mesh={"data": 4, "tensor": 2}, rules={**Layout().rules, "expert": "tensor"}),
 }
 
