@@ -51,6 +51,15 @@ def test_a_named_layout_fits_the_slices_of_its_name_and_each_machine_reads_rows_
     assert machines == chips * slices // CHIPS[chip].per_host and host_share(mesh, 0) == (0, machines)
 
 
+@pytest.mark.parametrize(("sizes", "parts"), [({"context": 16}, 1), ({"data": 4, "context": 4}, 4)], ids=str)
+def test_machines_with_positions_of_the_same_rows_read_the_same_rows(sizes, parts, devices_of):
+    mesh = Layout(mesh=sizes).make_mesh(devices := devices_of("v4", "2x2x4"))
+    machines = {d.process_index for d in devices}
+    assert len(machines) == 4
+    shares = [host_share(mesh, p) for p in machines]
+    assert {n for _, n in shares} == {parts} and sorted(i for i, _ in shares) == sorted(list(range(parts)) * (4 // parts))
+
+
 def test_another_number_of_slices_is_one_line(devices_of):
     devices = devices_of("v5e", "4x4", 2)
     with pytest.raises(ConfigError, match=r"the layout is for 1 slices and 32 devices are here, in 2; .* slices=2"):

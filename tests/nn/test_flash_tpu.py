@@ -15,7 +15,7 @@ from mllm_jax.nn.block_config import BlockConfig
 from mllm_jax.nn.param import merge, split
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.plan.topology import not_kept, topology
-from mllm_jax.sharding import Layout, rows, use
+from mllm_jax.sharding import Layout, positions, rows, use
 
 B, S = 4, 1200                          # more than a block, and not full blocks
 SIZES = {64: (4, 4), 72: (4, 2), 80: (4, 1), 96: (3, 3), 128: (8, 2), 256: (4, 4)}      # of a head -> heads of queries, of keys
@@ -63,3 +63,29 @@ def test_attention_that_is_kept_is_not_computed_again():
         loss = lambda params, x: jnp.sum(stack.run(merge(graph, params), step, x, depth=2)[0])
         x = jax.ShapeDtypeStruct((4, 512, 256), jnp.float32, sharding=rows(mesh))
         assert calls(jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()) == ["bwd", "fwd"]
+
+
+@pytest.mark.parametrize("h", [8, 6], ids=["heads exchanged", "keys gathered"])
+def test_memory_falls_as_positions_of_a_row_are_split(h):
+    """Of a layer and its gradients, for rows of 16,384 positions, as many as devices have together."""
+    cfg = BlockConfig(width=512, mlp=1, heads=h, kv_heads=2, head_dim=64)
+
+    def temporaries(parts: int) -> int:
+        layout = Layout(mesh={"data": 8 // parts, "context": parts}, dtype="bfloat16", remat="full")
+        mesh = layout.make_mesh(list(topology("v5e:2x4").devices))
+        with use(layout, mesh), not_kept():
+            graph, params = split(nnx.eval_shape(lambda: Attention(cfg, rngs=nnx.Rngs(0))))
+            array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=positions(mesh, shape))
+
+            def loss(params: dict, x: jax.Array, segments: jax.Array) -> jax.Array:
+                order = jnp.broadcast_to(jnp.arange(x.shape[1]), segments.shape)
+                sees = Visibility(segments=segments, order=order, key_segments=segments, key_order=order, causal=True)
+                return jnp.sum(merge(graph, params)(x, sees)[0] ** 2)
+
+            rows = 8 // parts
+            x, segments = array(jnp.bfloat16, rows, 16384, 512), array(jnp.int32, rows, 16384)
+            return jax.jit(jax.grad(loss, (0, 1))).lower(params, x, segments).compile().memory_analysis().temp_size_in_bytes
+
+    whole, split_ = temporaries(1), temporaries(8)
+    # Of what a device has of its own an eighth; gathered keys, a quarter of the queries here, and their gradients stay whole.
+    assert split_ < whole / (7 if h == 8 else 3)
