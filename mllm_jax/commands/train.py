@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=float, default=900, metavar="SECONDS",
                         help="without a step until the run is taken for hung, writes the stacks of its threads and ends (default: 900)")
     parser.add_argument("--storage-patience", type=float, default=300, metavar="SECONDS",
-                        help="that storage which fails is tried again for (default: 300)")
+                        help="that storage which fails is tried again for; hosts wait as long for one another, or ten minutes (default: 300)")
     parser.add_argument("--profile", metavar="STEP:N", help="trace N steps of each stage from step STEP on, for xprof")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where the last checkpoint is (the default)")

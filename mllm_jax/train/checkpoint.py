@@ -29,6 +29,7 @@ from mllm_jax.train.state import Blueprint, TrainState, under
 from mllm_jax.train.storage import anywhere, cause, check_room, passing, pauses, tell
 
 KEEP = 2                                # newest checkpoints kept in a stage
+LEAST = 600                             # s that hosts wait at least until all have written
 SHARED = 1 << 20                        # bytes of an array from which on its copies write a part each
 ANEW = "start anew with --fresh"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "mllm_jax")
@@ -46,6 +47,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.saver: Any = None
         self.pending: Any = None
+        self.failing: float | None = None               # since when every checkpoint failed
         self._open()
 
     def _open(self) -> None:
@@ -65,7 +67,7 @@ class Checkpoints:
         """Writes what the stage does not train, once."""
         if frozen and not (self.folder / "frozen").exists():
             def write() -> None:
-                with _saving():
+                with _saving(self.patience):
                     ocp.save(self.folder / "frozen", frozen, overwrite=True)
 
             self._persist("the frozen parameters", frozen, write)
@@ -86,7 +88,7 @@ class Checkpoints:
         meta = {**meta, "step": step, "data_states": json.dumps(gather(data_state)), "versions": versions()}
 
         def begin() -> None:
-            with _saving():
+            with _saving(self.patience):
                 pending = self.saver.save_checkpointables_async(step, {"state": parts, "meta": meta}, overwrite=True)
             if wait:
                 pending.result()
@@ -96,7 +98,11 @@ class Checkpoints:
         self._persist(f"step {step}", parts, begin)
 
     def settle(self) -> bool:
-        """Until the last checkpoint is complete; whether it is, on all hosts.  Says so if it is not."""
+        """Until the last checkpoint is complete; whether it is, on all hosts.  Says so if it is not.
+
+        Raises:
+          CheckpointError: nor were those before it, for longer than `patience`.
+        """
         pending, self.pending = self.pending, None
         if pending is None:
             return True
@@ -108,7 +114,14 @@ class Checkpoints:
         if why := anywhere(error):
             with contextlib.suppress(Exception):
                 self._open()
+            now = time.monotonic()
+            since, self.failing = self.failing, now if self.failing is None else self.failing
+            if gather(since is not None and now - since > self.patience)[0]:
+                with _explained(self, f"step {pending[0]}, nor the one before"):
+                    raise OSError(why) from error
             tell(f"could not save step {pending[0]} in {self.folder}: {why}; the next checkpoint is tried when it is due")
+        else:
+            self.failing = None
         return not why
 
     def wait(self) -> None:
@@ -350,10 +363,13 @@ def _stage_folder(scheme: str, rest: str, run_dir: Path, runs: Path) -> tuple[Pa
     return folder, subtree
 
 
-def _saving() -> ocp.Context:
+def _saving(patience: float) -> ocp.Context:
     context = ocp.Context()
     # In the background they would leave a thread behind that waits for a folder that could not be made, for ten minutes.
     context.asynchronous.create_directories_asynchronously = False
+    # Of a host whose write fails the others hear nothing, and it waits for them too.
+    if jax.process_count() > 1:
+        context.asynchronous.timeout_secs = int(max(patience, LEAST))
     # Each part is cut by a program of its own, compiled for it, and is a file of its own.
     context.array.saving.min_slice_bytes_for_replica_parallel = SHARED
     return context

@@ -14,6 +14,8 @@ from mllm_jax.hosts import agree, gather
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.EBUSY,
            errno.EAGAIN, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.EREMOTEIO}
 
+WAITED = ("DEADLINE_EXCEEDED", "ChainedFuture")         # what a host says that has waited for another one: jax, and Orbax
+
 
 def passing(error: BaseException | None) -> bool:
     """Whether somewhere below it is a fault of storage that may pass."""
@@ -33,8 +35,9 @@ def pauses(patience: float) -> list[float]:
 
 
 def anywhere(error: Exception | None) -> str:
-    """The reason of the first host that has an error, on all of them; "" if none has."""
-    return next((why for why in gather("" if error is None else cause(error)) if why), "")
+    """The reason of the first host that has an error, on all of them; "" if none has.  Having waited for another host is no reason."""
+    whys = filter(None, gather("" if error is None else cause(error)))
+    return min(whys, key=lambda why: any(word in why for word in WAITED), default="")
 
 
 def tell(text: str) -> None:
