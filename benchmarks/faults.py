@@ -220,7 +220,7 @@ def disturbed(folder: Path, out: Path, faults: int, rng: random.Random, **run: A
             if kind == "freeze" and number == 1:
                 kind = "kill"           # nobody would notice but the watchdog of another machine
             if kind == "storage" and number > 1:
-                kind = "SIGTERM"        # of several hosts Orbax waits for minutes for one whose write failed
+                kind = "SIGTERM"        # several hosts wait for ten minutes for one whose write failed
             try:
                 inject(kind, out, hosts, rng)
             except ProcessLookupError:

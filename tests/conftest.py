@@ -3,6 +3,7 @@
 The variables must be set before jax is imported, and pytest imports this file first.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
+
+from mllm_jax.launch.runtime import GARBAGE  # noqa: E402
+
+gc.set_threshold(*GARBAGE)
 
 
 def pytest_configure(config: pytest.Config) -> None:
