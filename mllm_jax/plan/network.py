@@ -51,6 +51,13 @@ class Network:
         """The mesh axes along which these devices differ."""
         return tuple(name for k, name in enumerate(self.mesh) if len(set(self.places[members, k])) > 1)
 
+    def along(self, axes: Sequence[str]) -> tuple[int, float]:
+        """(chips that exchange along these axes, bytes/s that each can send), in the slice and order of the first."""
+        names = list(self.mesh)
+        fixed = [k for k, name in enumerate(names) if name not in axes]
+        members = np.flatnonzero((self.places[:, fixed] == self.places[0, fixed]).all(axis=1))
+        return len(members), self._links(members)[0]
+
     def cost(self, i: Instruction, by: Instruction | None = None) -> Cost:
         """Of a collective instruction, or of the one that starts it, inside a slice; `by` is the fusion that it stands in."""
         if i.collective == "collective-permute":

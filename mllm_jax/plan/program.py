@@ -3,6 +3,7 @@
 The program is that of `train/loop.py`, on a state and a batch that have shapes and shardings and no data.
 """
 
+import functools
 import time
 from typing import Any
 
@@ -37,8 +38,12 @@ class Program:
     spec: RowSpec
     state: TrainState                   # of shapes with shardings, like
     batch: Batch
-    lowered: jax.stages.Lowered
-    lower_seconds: float
+    traced: jax.stages.Traced
+
+    @functools.cached_property
+    def lowered(self) -> jax.stages.Lowered:
+        with sharding.use(self.layout, self.mesh):
+            return self.traced.lower()
 
 
 @record
@@ -52,12 +57,11 @@ class Compiled:
 
 
 def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) -> Program:
-    """The step of that stage, as it would be traced on these devices.
+    """The step of that stage, as it is traced on these devices.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or the rows of a batch do not divide over it.
     """
-    began = time.monotonic()
     mesh = layout.make_mesh(list(devices))
     stage, model = recipe.stages[name], model_of(recipe, name)
     sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, layout, mesh)
@@ -71,9 +75,9 @@ def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) 
         batch = abstract_batch(stage.data.batch_size, spec, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-        lowered = jit_step(blueprint.graph, stage, optimizer, layout, mesh).lower(state, batch, key)
+        traced = jit_step(blueprint.graph, stage, optimizer, layout, mesh).trace(state, batch, key)
     return Program(model=model, stage=stage, layout=layout, mesh=mesh, blueprint=blueprint, trained=trained, spec=spec, state=state,
-                   batch=batch, lowered=lowered, lower_seconds=time.monotonic() - began)
+                   batch=batch, traced=traced)
 
 
 def abstract_batch(rows: int, spec: RowSpec, mesh: Mesh) -> Batch:

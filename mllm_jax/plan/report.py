@@ -117,7 +117,11 @@ def plan(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: Lay
       ConfigError: no such stage, or recipe, layout and topology do not fit together.
     """
     stage = recipe.stage_name(stage)
-    program = programs.lower(recipe, stage, layout, list(on.devices))
+    return plan_of(name, stage, on, programs.lower(recipe, stage, layout, list(on.devices)), options)
+
+
+def plan_of(name: str, stage: str, on: Topology, program: programs.Program, options: Options = Options()) -> Plan:
+    """The same of a step that is traced already."""
     compiled = programs.compile(program)
     sizes = {k: math.prod(v.shape) for k, v in program.blueprint.shapes.items()}
     towers, data = program.model.inputs, program.stage.data
@@ -133,7 +137,7 @@ def plan(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: Lay
     images = images_of_row(program.spec, towers)
     measured = images_per_second(towers, options.measure) if options.host_images is None and options.measure and images else None
     return Plan(
-        recipe=name, stage=stage, on=on, layout=layout, mesh=dict(program.mesh.shape), rows=data.batch_size, seq_len=data.seq_len,
+        recipe=name, stage=stage, on=on, layout=program.layout, mesh=dict(program.mesh.shape), rows=data.batch_size, seq_len=data.seq_len,
         packed=data.pack, parameters=sum(sizes.values()), trained=sum(sizes[k] for k in program.trained),
         state_bytes=shard_bytes(program.state), compile_seconds=compiled.seconds, refusal=compiled.refusal, memory=found,
         estimate=estimate, model_flops=step_flops(program.model, program.trained, counts), images=images, core_images=measured,

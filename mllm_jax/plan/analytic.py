@@ -1,0 +1,245 @@
+"""Memory of a step without compiling it: what is alive when, in the traced program at the sizes of one chip.
+
+Chains of operations on single numbers are taken to be fused into what reads them, so that only these values are in memory:
+what products, kernels, sums over an axis, gathers and loops give and take, what collectives give, and weights while they are
+gathered.  A value is there from the operation that makes it to the last that reads it, or reads what was fused from it.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+
+from mllm_jax.plan.memory import shard_bytes
+from mllm_jax.plan.program import Program
+from mllm_jax.plan.traced import SAME, Axes, Body, Op, Reader, Value, axes_of, base, flat
+from mllm_jax.types import record
+
+ALONE = {"dot_general", "conv_general_dilated", "pallas_call", "gather", "scatter-add", "scatter", "sort", "top_k", "cumsum", "random_bits",
+         "all_gather", "reduce_scatter", "psum", "all_to_all", "ppermute", "scan", "while", "cond", "approx_top_k", "cumlogsumexp", "cumprod"}
+SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
+LOOPS = ("scan", "while", "cond")
+CODE = 64 << 20                         # bytes of a program
+
+
+class Live:
+    """What one body has in memory beside what it is given."""
+
+    def __init__(self, body: Body, top: bool = False):
+        self.body, self.top = body, top
+        self.same: dict[Value, Value] = {}
+        self.by: dict[Value, int] = {}
+        self.given = {v: k for k, v in enumerate(body.inputs)}
+        self.slices = set(body.inputs[body.constant + body.carried:]) if not top and body.carried + body.constant else set()
+        self.made: set[Value] = set()
+        self._roots: dict[Value, frozenset[Value]] = {}
+        self.inner: dict[int, float] = {}
+        self.loops: dict[int, list[Live]] = {}
+        self._find_made()
+        self._measure()
+
+    def rep(self, v: Value) -> Value:
+        while v in self.same:
+            v = self.same[v]
+        return v
+
+    def _kind(self, op: Op) -> str:
+        if op.name in ("enter", "leave"):
+            return "same" if op.params["same"] else "alone"
+        if op.name == "sharding_constraint":
+            return "same" if op.inputs[0].bytes == op.outputs[0].bytes else "alone"
+        if op.name == "dynamic_update_slice":
+            return "same"
+        if op.name in SAME:
+            return "same"
+        if op.name in ALONE:
+            return "alone"
+        if op.name in SUMS:
+            return "sum"
+        split = lambda v: any(v.axes)
+        ins = [v for v in op.inputs if v.shape == op.outputs[0].shape]
+        if op.name == "convert_element_type" and ins and split(op.outputs[0]) and not split(ins[0]) and ins[0] not in self.given:
+            return "alone"              # summed over chips
+        return "loop"
+
+    def _find_made(self) -> None:
+        self.kinds = []
+        for at, op in enumerate(self.body.ops):
+            kind = self._kind(op)
+            self.kinds.append(kind)
+            for v in op.outputs:
+                self.by[v] = at
+            if kind == "same":
+                for a, b in zip(op.inputs, op.outputs):
+                    self.same[b] = a
+            if op.name == "optimization_barrier" or kind == "alone":
+                narrow = cast(op)
+                for k, v in enumerate(op.inputs):
+                    if k not in narrow:
+                        self._make(self.rep(v))
+            if kind in ("alone", "sum"):
+                self.made.update(op.outputs)
+        if not self.top:
+            for v in self.body.outputs[:self.body.carried]:
+                r = self.rep(v)
+                if r not in self.given and not any(x in self.given for x in self.roots(r)):
+                    self._make(r)
+            self._roots.clear()
+
+    def _make(self, v: Value) -> None:
+        if v not in self.given or v in self.slices:
+            self.made.add(v)
+
+    def roots(self, v: Value) -> frozenset[Value]:
+        """The values in memory that this one is, or is fused from."""
+        v = self.rep(v)
+        if v not in self._roots:
+            if v in self.made or v in self.given or v not in self.by:
+                self._roots[v] = frozenset([v])
+            else:
+                self._roots[v] = frozenset().union(*(self.roots(x) for x in self.body.ops[self.by[v]].inputs))
+        return self._roots[v]
+
+    def _measure(self) -> None:
+        ops = self.body.ops
+        first: dict[object, int] = {}
+        last: dict[object, int] = {}
+        size: dict[object, float] = {}
+        outs = {self.rep(v) for v in self.body.outputs}
+        for at, (op, kind) in enumerate(zip(ops, self.kinds)):
+            runs = kind in ("alone", "sum") or any(v in self.made or v in outs for v in op.outputs)
+            if runs:
+                for v in op.inputs:
+                    for r in self.roots(v):
+                        last[r] = at
+                        if r in self.slices and r in self.made:
+                            first.setdefault(r, at)
+            for v in op.inputs:
+                if v.gathered and op.name == "dot_general":
+                    key = ("gathered", self.rep(v))
+                    first.setdefault(key, at)
+                    last[key] = at
+                    size[key] = v.width * math.prod(v.local) * math.prod(v.sizes[a] for a in flat(v.axes) if base(a) not in ("tensor",))
+            for v in op.outputs:
+                if v in self.made:
+                    first[v], last[v] = at, at
+                    size[v] = v.bytes
+            for k, width in cast(op).items():
+                v = op.inputs[k]
+                key = ("cast", self.rep(v))
+                first.setdefault(key, at)
+                last[key], size[key] = at, v.bytes * width / v.width
+            if op.name in LOOPS:
+                self._loop(at, op, size)
+        for r in list(last):
+            if isinstance(r, Value) and r in self.slices and r in self.made:
+                size[r] = r.bytes
+        # What is given on stays; what a loop stacks, or takes the place of an argument, has its place outside.
+        on = set(self.body.outputs if self.top else self.body.outputs[:self.body.carried])
+        for v in on:
+            if self.rep(v) in self.made:
+                for r in self.roots(v) & size.keys():
+                    last[r] = len(ops) - 1
+        change = [0.0] * (len(ops) + 1)
+        for key, bytes_ in size.items():
+            if key in first:
+                change[first[key]] += bytes_
+                change[last[key] + 1] -= bytes_
+        level, self.level = 0.0, []
+        for at in range(len(ops)):
+            level += change[at]
+            self.level.append(level + self.inner.get(at, 0.0))
+        self.at = max(range(len(ops)), key=self.level.__getitem__, default=0)
+        self.peak = self.level[self.at] if ops else 0.0
+        self.alive = sorted(((size[k], k) for k in size if k in first and first[k] <= self.at <= last[k]), key=lambda x: -x[0])
+
+    def _loop(self, at: int, op: Op, size: dict) -> None:
+        inner = [Live(b) for b in op.bodies]
+        self.inner[at] = max((x.peak for x in inner), default=0.0)
+        self.loops[at] = inner
+        body = op.bodies[0]
+        for k, v in enumerate(op.outputs[:body.carried]):
+            start = self.rep(op.inputs[body.constant + k])
+            if start in size and start.bytes == v.bytes and start not in self.given:
+                size[v] = 0.0 if self._dies(start, at) else size[v]
+
+    def _dies(self, v: Value, at: int) -> bool:
+        """Whether nothing reads it after this operation."""
+        return not any(self.rep(x) is v for op in self.body.ops[at + 1:] for x in op.inputs)
+
+
+
+
+def fixed(live: Live, known: Mapping[tuple[int, ...], Axes]) -> float:
+    """Of the most that is alive, bytes that do not grow with the rows: gradients and weights, of all layers or one."""
+    shapes = {*known, *(shape[1:] for shape in known)}
+    here = sum(size for size, key in live.alive if not isinstance(key, Value) or key.shape in shapes)
+    return here + max((fixed(inner, known) for inner in live.loops.get(live.at, [])), default=0.0)
+
+
+def cast(op: Op) -> dict[int, float]:
+    """{operand: bytes of a number} of what a loop takes layer by layer and only in fewer bits: that is made once, before it."""
+    if op.name != "scan":
+        return {}
+    [body], out = op.bodies, {}
+    for k in range(body.constant + body.carried, len(body.inputs)):
+        users = [one for one in body.ops if body.inputs[k] in one.inputs]
+        if users and all(one.name == "convert_element_type" and one.outputs[0].width < body.inputs[k].width for one in users):
+            out[k] = users[0].outputs[0].width
+    return out
+
+
+@record
+class Needs:
+    """Bytes of one chip, found without the compiler."""
+
+    parameters: float                   # trained and frozen
+    optimizer: float                    # and the moving average
+    batch: float
+    gradients: float                    # of the temporaries at their most, those that lie as parameters do
+    activations: float                  # kept from the forward pass, by loops over layers
+    temporaries: float                  # all others
+    code: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def read(program: Program) -> Body:
+    """The step, at the sizes of one chip."""
+    mesh = program.mesh.shape
+    of = lambda x: axes_of(x.sharding.spec, x.ndim, mesh)
+    arguments = jax.tree.leaves((program.state, program.batch, _key(program)))
+    return Reader(mesh, parameter_axes(program)).read(program.traced.jaxpr, [of(x) for x in arguments])
+
+
+def parameter_axes(program: Program) -> dict[tuple[int, ...], Axes]:
+    shapes = program.blueprint.shapes.values()
+    return {x.shape: axes_of(x.sharding.spec, len(x.shape), program.mesh.shape) for x in shapes if len(x.shape) > 1}
+
+
+def needs(program: Program, live: Live | None = None) -> Needs:
+    """What the step takes; `live` if it is known already."""
+    live, state = live or Live(read(program), top=True), program.state
+    known, kinds = parameter_axes(program), dict.fromkeys(("gradients", "activations"), 0.0)
+    for size, key in live.alive:
+        if isinstance(key, Value) and key in live.by:
+            kind = "gradients" if key.shape in known else "activations" if live.body.ops[live.by[key]].name == "scan" else None
+            if kind:
+                kinds[kind] += size
+    return Needs(parameters=shard_bytes((state.params, state.frozen)), optimizer=shard_bytes((state.opt_state, state.ema, state.step)),
+                 batch=sum(padded(x) for x in jax.tree.leaves(program.batch)), temporaries=live.peak - sum(kinds.values()), code=CODE, **kinds)
+
+
+def padded(x: jax.ShapeDtypeStruct) -> float:
+    """Bytes of a chip's shard of an argument: its last two dimensions in tiles of 8 x 128 numbers of 32 bits."""
+    dims, width = list(x.sharding.shard_shape(x.shape)), jax.numpy.dtype(x.dtype).itemsize
+    if len(dims) > 1:
+        dims[-1], dims[-2] = -(-dims[-1] // 128) * 128, -(-dims[-2] // (32 // width)) * (32 // width)
+    return math.prod(dims) * width
+
+
+def _key(program: Program) -> jax.ShapeDtypeStruct:
+    key = program.traced.jaxpr.in_avals[-1]
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec()))

@@ -1,0 +1,234 @@
+"""The fastest layout of a stage that fits a topology: an analytic model puts candidates in an order, the compiler decides.
+
+Candidates are meshes over which the rows divide, what layers keep for the backward pass, microbatches, and lengths of packed
+rows where they may change.  One trace of a step that keeps nothing tells for each mesh and length what every policy would
+keep and save; of each only the fewest microbatches that fit are of interest.  Then the first ones are compiled in order, and
+what the compiler says of one corrects the model for the next, until none can be better or the time is up.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from mllm_jax.config import ConfigError, override
+from mllm_jax.plan import program as programs
+from mllm_jax.plan.analytic import Live, Needs, fixed, needs, parameter_axes, read
+from mllm_jax.plan.report import Options, Plan, many, network_of, plan_of, seconds, size
+from mllm_jax.plan.roofline import Clock, Roof, kept
+from mllm_jax.plan.topology import Topology
+from mllm_jax.recipe import Recipe
+from mllm_jax.sharding import Layout, row_shards
+from mllm_jax.train.adapters import model_of
+from mllm_jax.types import record
+
+POLICIES = ("full", "attention", "qkv+attention", "qkv+attention+out", "qkv+attention+mlp", "qkv+attention+out+mlp")
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+TENSOR = (1, 2, 4, 8, 16)               # chips that may share rows
+FSDP = 64                               # chips over which parameters are split at least, where there are more
+USABLE = 0.975                          # of a chip's memory, for a program
+DOUBT = 1.06                            # the model's needs may be so many times too large
+
+
+@record
+class Wanted:
+    """What a search may change, and how long it may take."""
+
+    rows: tuple[int, ...] = ()          # lengths of packed rows; none: that of the recipe.  Longer rows are fewer: tokens stay the same
+    budget: float = 180.0               # s after which nothing more is compiled
+    most: int = 6                       # programs that are compiled
+
+
+@record
+class Candidate:
+    layout: Layout
+    overrides: tuple[str, ...]          # of the recipe
+    needs: float                        # bytes of a chip, by the model
+    seconds: float                      # of a step, by the model
+    plan: Plan | None = None            # by the compiler
+    why: str = ""                       # it was not compiled
+
+    @property
+    def fits(self) -> bool | None:
+        """None: it is not known."""
+        return self.plan and self.plan.fits
+
+
+def search(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: Layout, options: Options = Options(),
+           wanted: Wanted = Wanted()) -> list[Candidate]:
+    """Candidates, the best first: those that fit by the compiler's time, and then the others by the model's.
+
+    `layout` is what they begin with: its dtype, rules and attention stay.
+
+    Raises:
+      ConfigError: no such stage, or its rows divide over no mesh of these chips.
+    """
+    began, stage = time.monotonic(), recipe.stage_name(stage)
+    found = [c for base in bases(recipe, stage, on, layout, wanted.rows) for c in base.candidates()]
+    limit, ratio = on.chip.hbm * USABLE, Ratio()
+    likely = sorted((c for c in found if c.needs <= limit * DOUBT), key=lambda c: c.seconds) or sorted(found, key=lambda c: c.needs)[:1]
+    done: list[Candidate] = []
+    best, slowest = math.inf, 0.0
+    for one in likely:
+        tried = [c for c in done if c.plan]
+        if len(tried) == wanted.most or one.seconds * ratio.time > best or (tried and time.monotonic() - began + slowest > wanted.budget):
+            break
+        if one.needs * ratio.memory > limit * DOUBT:
+            continue
+        since = time.monotonic()
+        changed = _changed(recipe, one.overrides)
+        program = programs.lower(changed, stage, one.layout, list(on.devices))
+        exact = needs(program)
+        one = replace(one, needs=exact.total)
+        if tried and exact.total * ratio.memory > limit * DOUBT:
+            done.append(replace(one, why="too large by the model"))
+            continue
+        one = replace(one, plan=plan_of(name, stage, on, program, options))
+        slowest = max(slowest, time.monotonic() - since)
+        done.append(one)
+        if one.plan.fits:
+            best = min(best, one.plan.step_seconds)
+            ratio = Ratio(time=one.plan.estimate.seconds / one.seconds, memory=one.plan.memory.total / exact.total)
+    key = lambda c: (0, c.plan.step_seconds) if c.fits else (1 if c.fits is None else 2, c.seconds)
+    seen = {(repr(c.layout), c.overrides) for c in done}
+    return sorted([*done, *(c for c in likely if (repr(c.layout), c.overrides) not in seen)], key=key)
+
+
+@record
+class Ratio:
+    """Of what the compiler said to what the model had said."""
+
+    time: float = 1.0
+    memory: float = 1.0
+
+
+@record
+class Base:
+    """What one trace, which keeps nothing in one microbatch, tells of a mesh and a length of rows."""
+
+    layout: Layout
+    overrides: tuple[str, ...]
+    rows: int                           # of a chip
+    needs: Needs
+    by_row: float                       # of the temporaries, what grows with the rows
+    gradients: float                    # of all that trains
+    roof: Roof
+    keeps: Mapping[str, tuple[float, float]]
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Of every policy that with the fewest microbatches which fit, or the most there can be."""
+        for policy in POLICIES:
+            names = [] if policy == "full" else policy.split("+")
+            more, less = (sum(self.keeps[n][k] for n in names) for k in (0, 1))
+            if policy != "full" and not more:
+                continue
+            for n in MICROBATCHES:
+                if self.rows % n == 0:
+                    yield self._candidate(policy, n, more, less)
+
+    def _candidate(self, policy: str, n: int, more: float, less: float) -> Candidate:
+        total = self.needs.total - self.by_row + (self.by_row + more) / n + (self.gradients if n > 1 else 0)
+        roof = replace(self.roof, compute=self.roof.compute - less, gathers=self.roof.gathers * n, sums=self.roof.sums * n)
+        # Fewer rows at once fill the units less, and each part begins anew.
+        return Candidate(layout=replace(self.layout, remat=policy, microbatches=n), overrides=self.overrides, needs=total,
+                         seconds=roof.seconds * (1 + 0.02 * (n > 1) + 0.01 * math.log2(n)))
+
+
+def bases(recipe: Recipe, stage: str, on: Topology, layout: Layout, lengths: Sequence[int] = ()) -> list[Base]:
+    out = []
+    for overrides in variants(recipe, stage, lengths):
+        changed = _changed(recipe, overrides)
+        for mesh in meshes(changed, stage, on):
+            one = replace(layout, mesh=mesh, slices=on.slices, remat="full", microbatches=1)
+            program = programs.lower(changed, stage, one, list(on.devices))
+            live = Live(read(program), top=True)
+            clock, found = Clock(on.chip, network_of(program, on)), needs(program, live)
+            trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in program.state.params.values())
+            out.append(Base(
+                layout=one, overrides=overrides, rows=changed.stages[stage].data.batch_size // row_shards(program.mesh), needs=found,
+                by_row=live.peak - fixed(live, parameter_axes(program)), gradients=4.0 * trained, roof=clock.body(live), keeps=kept(live, clock)))
+    return out
+
+
+def variants(recipe: Recipe, stage: str, lengths: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    """Overrides of the recipe for rows of these lengths, with as many positions and media in a step as before.
+
+    Raises:
+      ConfigError: rows of this stage are not packed, or a step is no whole number of such rows.
+    """
+    data = recipe.stages[stage].data
+    for length in lengths or (data.seq_len,):
+        path, rows = f"stages.{stage}.data", data.batch_size * data.seq_len / length
+        scaled = lambda n: n * length / data.seq_len
+        if length == data.seq_len:
+            yield ()
+            continue
+        if not data.pack:
+            raise ConfigError(f"stage {stage} does not pack its rows, so that others than {data.seq_len} positions would be another recipe")
+        if rows % 1 or length < 1:
+            raise ConfigError(f"{data.batch_size} rows of {data.seq_len} positions are {rows:g} rows of {length}; choose a length that divides them")
+        more = {"trained": data.trained} if data.trained else {}
+        counts = {f"items.{m}": n for m, n in data.items.items()} | more
+        yield (f"{path}.seq_len={length}", f"{path}.batch_size={int(rows)}", *(f"{path}.{k}={max(1, int(scaled(n)))}" for k, n in counts.items()))
+
+
+def meshes(recipe: Recipe, stage: str, on: Topology) -> list[dict[str, int]]:
+    """Meshes of a slice over which the rows of a stage divide: as few chips as possible share a row.
+
+    Raises:
+      ConfigError: there are none; the message says what would have one.
+    """
+    rows, chips = recipe.stages[stage].data.batch_size, len(on.devices) // on.slices
+    fits = [t for t in TENSOR if chips % t == 0 and rows % (on.slices * chips // t) == 0]
+    if not fits:
+        each = on.slices * chips
+        raise ConfigError(f"stages.{stage}.data.batch_size is {rows}, which does not divide over {each} chips, nor do {TENSOR[-1]} chips that "
+                          f"share a row help; take a multiple of {each}, such as {-(-rows // each) * each}, or {many(math.gcd(rows, each), 'chip')}")
+    tensor = fits[0]
+    parts = chips // tensor
+    out = [{"data": 1, "fsdp": parts, "tensor": tensor}]
+    if parts > FSDP and parts % FSDP == 0:
+        out.append({"data": parts // FSDP, "fsdp": FSDP, "tensor": tensor})
+    if experts := _experts(model_of(recipe, stage)):
+        size = next((e for e in (8, 4, 2) if experts % e == 0 and parts % e == 0), 1)
+        out += [{"data": 1, "fsdp": parts // size, "tensor": tensor, "expert": size}] * (size > 1)
+    return out
+
+
+def _experts(model: object) -> int:
+    """How many experts a sparse layer of the model has; 0 if it has none."""
+    layers = getattr(getattr(getattr(model, "model", model), "decoder", None), "cycle", ())
+    return max((getattr(getattr(layer, "mlp", None), "experts", 0) for layer in layers), default=0)
+
+
+def remarks(recipe: Recipe, stage: str, on: Topology, best: Candidate) -> Iterator[str]:
+    """What the user should know of the choice, a line each."""
+    data, shards = _changed(recipe, best.overrides).stages[stage].data, math.prod(best.layout.mesh.values()) * on.slices
+    if (tensor := best.layout.mesh.get("tensor", 1)) > 1:
+        yield (f"{data.batch_size} rows are too few for {shards} chips: {tensor} chips share each row; "
+               f"stages.{stage}.data.batch_size={data.batch_size * tensor} would use them better")
+    parts = shards // tensor * best.layout.microbatches
+    if odd := [k for k, s in recipe.stages.items() if k != stage and s.data.batch_size % parts]:
+        yield (f"the rows of stage {odd[0]} ({recipe.stages[odd[0]].data.batch_size}) do not divide over this layout; train with --stages {stage}, "
+               f"or change stages.{odd[0]}.data.batch_size to a multiple of {parts}")
+
+
+def table(found: Sequence[Candidate], most: int = 12) -> Iterator[str]:
+    """The ranking, a line each."""
+    yield f"  {'mesh':<22}{'remat':<24}{'parts':>6}{'rows':>13}  {'model: memory':>13}{'step':>10}  {'compiled: memory':>16}{'step':>10}{'MFU':>8}"
+    for c in found[:most]:
+        mesh = " ".join(f"{k}={n}" for k, n in c.layout.mesh.items() if n > 1) or "one chip"
+        said = dict(o.rpartition(".")[2].split("=") for o in c.overrides)
+        rows = f"{said['batch_size']} x {said['seq_len']}" if said else ""
+        line = f"  {mesh:<22}{c.layout.remat:<24}{c.layout.microbatches:>6}{rows:>13}  {size(c.needs):>13}{seconds(c.seconds):>10}"
+        if c.fits:
+            line += f"  {size(c.plan.memory.total):>16}{seconds(c.plan.step_seconds):>10}{100 * c.plan.mfu(c.plan.step_seconds):>6.1f} %"
+        yield line + (f"  {'does not fit':>16}" if c.fits is False else f"  {c.why:>16}" if c.why else "")
+    if len(found) > most:
+        yield f"  and {len(found) - most} more, slower by the model"
+
+
+def _changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    for one in overrides:
+        recipe = override(recipe, one)
+    return recipe

@@ -1,0 +1,121 @@
+"""The search: which layouts it looks at, what it writes, and that it can be trained with."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from mllm_jax.cli import main
+from mllm_jax.config import ConfigError, load, override
+from mllm_jax.launch import layouts
+from mllm_jax.plan import search as searching
+from mllm_jax.plan.analytic import Needs
+from mllm_jax.plan.roofline import Roof
+from mllm_jax.plan.search import Base, Candidate, meshes, remarks, search, variants
+from mllm_jax.sharding import Layout
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return load("projector/gemma3").tiny()
+
+
+class On:
+    """As many chips as are asked for."""
+
+    def __init__(self, chips, slices=1):
+        self.devices, self.slices = [None] * chips * slices, slices
+
+
+def rows_of(recipe, rows):
+    return override(recipe, f"stages.instruct.data.batch_size={rows}")
+
+
+@pytest.mark.parametrize(("rows", "on", "first"), [
+    (64, On(16), {"data": 1, "fsdp": 16, "tensor": 1}), (64, On(256), {"data": 1, "fsdp": 64, "tensor": 4}),
+    (256, On(128, 2), {"data": 1, "fsdp": 128, "tensor": 1}), (24, On(16), {"data": 1, "fsdp": 8, "tensor": 2}),
+])
+def test_as_few_chips_as_possible_share_a_row(gemma, rows, on, first):
+    found = meshes(rows_of(gemma, rows), "instruct", on)
+    assert found[0] == first and all(math.prod(m.values()) * on.slices == len(on.devices) for m in found)
+    assert all(rows % (m["data"] * m["fsdp"] * on.slices) == 0 for m in found)
+
+
+def test_experts_are_shared_where_there_are_some(gemma):
+    sparse = rows_of(load("experts/moe_llava").tiny(), 64)
+    stage = list(sparse.stages)[-1]
+    assert [m.get("expert") for m in meshes(sparse, stage, On(16))][-1] in (2, 4) and len(meshes(gemma, "instruct", On(8))) == 1
+
+
+def test_rows_that_divide_over_nothing_are_said_with_what_would(gemma):
+    with pytest.raises(ConfigError, match="batch_size is 7, which does not divide over 32 chips.* such as 32, or 1 chip") as error:
+        meshes(rows_of(gemma, 7), "instruct", On(32))
+    assert "\n" not in str(error.value)
+
+
+def test_longer_rows_are_fewer_and_have_more_room():
+    recipe = load("projector/llava_15")
+    assert list(variants(recipe, "instruct", (2048, 4096))) == [(), (
+        "stages.instruct.data.seq_len=4096", "stages.instruct.data.batch_size=32", "stages.instruct.data.items.image=6")]
+    with pytest.raises(ConfigError, match="64 rows of 2048 positions are 43.6907 rows of 3000"):
+        list(variants(recipe, "instruct", (3000,)))
+    with pytest.raises(ConfigError, match="stage align does not pack"):
+        list(variants(recipe, "align", (4096,)))
+
+
+def test_what_is_kept_takes_memory_and_saves_time_and_parts_do_the_opposite():
+    one = Needs(parameters=10.0, optimizer=20.0, batch=0.0, gradients=10.0, activations=8.0, temporaries=8.0, code=0.0)
+    base = Base(layout=Layout(), overrides=(), rows=4, needs=one, by_row=16.0, gradients=10.0, roof=Roof(compute=10.0, gathers=4.0),
+                keeps={"qkv": (8.0, 1.0), "attention": (4.0, 0.5), "out": (4.0, 0.5), "mlp": (16.0, 2.0)})
+    found = {(c.layout.remat, c.layout.microbatches): c for c in base.candidates()}
+    assert {n for _, n in found} == {1, 2, 4}
+    assert found["full", 1].needs == 56 and found["qkv+attention", 1].needs == 68 and found["qkv+attention", 1].seconds == 8.5
+    assert found["full", 2].needs == 56 - 16 + 8 + 10 and found["full", 4].seconds > found["full", 2].seconds > found["full", 1].seconds
+
+
+def test_no_more_is_compiled_than_can_win(gemma, tpu, monkeypatch):
+    """The compiler is taken to find twice the time of the model, and no room for the fastest."""
+    made, calls = [], []
+    for k, (policy, seconds) in enumerate([("qkv+attention+mlp", 1.0), ("qkv+attention", 1.2), ("attention", 1.3), ("full", 2.0)]):
+        made.append(Candidate(layout=Layout(remat=policy), overrides=(), needs=float(k), seconds=seconds))
+
+    class Found:
+        def __init__(self, layout):
+            self.fits, self.step_seconds = layout.remat != "qkv+attention+mlp", {"qkv+attention": 2.4, "attention": 2.3}.get(layout.remat, 9.0)
+            self.estimate, self.memory = type("E", (), {"seconds": self.step_seconds}), type("M", (), {"total": 4.0})
+
+    bases = type("B", (), {"candidates": lambda self: made})
+    monkeypatch.setattr(searching, "bases", lambda *_: [bases()])
+    monkeypatch.setattr(searching.programs, "lower", lambda recipe, stage, layout, devices: layout)
+    monkeypatch.setattr(searching, "needs", lambda program: Needs(**dict.fromkeys(Needs.__dataclass_fields__, 1.0)))
+    monkeypatch.setattr(searching, "plan_of", lambda name, stage, on, program, options: calls.append(program.remat) or Found(program))
+    found = search("projector/gemma3", gemma, None, tpu("v5e:2x2"), Layout())
+    assert calls == ["qkv+attention+mlp", "qkv+attention"]                  # 1.3 x 2 is no better than 2.4
+    assert [c.layout.remat for c in found] == ["qkv+attention", "attention", "full", "qkv+attention+mlp"]
+    assert [c.fits for c in found] == [True, None, None, False]
+
+
+def test_what_is_found_is_written_and_trained_with(tpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = "stages.instruct.data"
+    assert main(["plan", "resolution/m3", "--tiny", "--topology", "v5e:2x4", "--search", "--rows", "640", "--budget", "0",
+                 "--out", "found.json", f"{data}.batch_size=16"]) == 0
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
+    assert "written: mllm-jax train resolution/m3 --layout found.json" in said and "It fits" in said
+    assert found["machine"] == {"chip": "v5e", "chips": 8, "slices": 1} and f"{data}.seq_len=640" in found["overrides"]
+    remat = found["layout"]["remat"]
+    assert layouts.find("found.json", "tpu").remat == remat and remat in searching.POLICIES
+    assert main(["train", "resolution/m3", "--tiny", "--layout", "found.json", "stages.instruct.steps=2"]) == 0
+    ran = json.loads((tmp_path / "runs/resolution-m3-tiny/recipe.json").read_text())
+    assert ran["layout"]["remat"] == remat and ran["layout"]["mesh"]["fsdp"] == 8
+    assert ran["overrides"] == [*found["overrides"], "stages.instruct.steps=2"]
+
+
+def test_what_the_choice_means_for_the_rest_is_said():
+    recipe, layout = load("projector/llava_15"), Layout(mesh={"data": 1, "fsdp": 64, "tensor": 4}, microbatches=1)
+    one = Candidate(layout=layout, overrides=(), needs=1.0, seconds=1.0)
+    [few] = remarks(recipe, "instruct", On(256), one)
+    assert few == "64 rows are too few for 256 chips: 4 chips share each row; stages.instruct.data.batch_size=256 would use them better"
+    [odd] = remarks(recipe, "instruct", On(512), replace(one, layout=replace(layout, mesh={"fsdp": 512})))
+    assert "the rows of stage align (256) do not divide over this layout; train with --stages instruct" in odd
