@@ -20,6 +20,7 @@ ALONE = {"dot_general", "conv_general_dilated", "pallas_call", "gather", "scatte
 SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 LOOPS = ("scan", "while", "cond")
 CODE = 64 << 20                         # bytes of a program
+LARGE = 1 << 20                         # bytes from which on values are looked at one by one
 
 
 class Live:
@@ -131,6 +132,7 @@ class Live:
                 last[key], size[key] = at, v.bytes * width / v.width
             if op.name in LOOPS:
                 self._loop(at, op, size)
+        self._siblings(first, last, size)
         for r in list(last):
             if isinstance(r, Value) and r in self.slices and r in self.made:
                 size[r] = r.bytes
@@ -152,6 +154,37 @@ class Live:
         self.at = max(range(len(ops)), key=self.level.__getitem__, default=0)
         self.peak = self.level[self.at] if ops else 0.0
         self.alive = sorted(((size[k], k) for k in size if k in first and first[k] <= self.at <= last[k]), key=lambda x: -x[0])
+
+    def _siblings(self, first: dict, last: dict, size: dict) -> None:
+        """Chains of one shape that read the same values are one operation, which gives all of their results at once."""
+        found: dict[tuple, list[tuple[int, Value]]] = {}
+        for v in size:
+            if isinstance(v, Value) and v in self.by and self.kinds[self.by[v]] == "loop" and size[v] >= LARGE:
+                found.setdefault(v.local, []).append((self.by[v], v))
+        for group in found.values():
+            for k, (at, v) in enumerate(sorted(group, key=lambda x: x[0])):
+                mine = self._sources(v)
+                for later, w in sorted(group, key=lambda x: x[0])[k + 1:]:
+                    theirs = self._sources(w)
+                    if mine & theirs and not self._needs(w, v):
+                        last[v] = max(last[v], later)
+
+    def _needs(self, w: Value, v: Value) -> bool:
+        """Whether w is computed from v."""
+        todo, seen = [w], set()
+        while todo:
+            one = self.rep(todo.pop())
+            if one is v:
+                return True
+            if one not in seen and self.by.get(one, -1) > self.by[v]:
+                seen.add(one)
+                todo += self.body.ops[self.by[one]].inputs
+        return False
+
+    def _sources(self, v: Value) -> frozenset[Value]:
+        """What the chain that makes this value reads."""
+        large = lambda r: r.bytes >= LARGE
+        return frozenset(filter(large, frozenset().union(*(self.roots(x) for x in self.body.ops[self.by[v]].inputs))))
 
     def _loop(self, at: int, op: Op, size: dict) -> None:
         inner = [Live(b) for b in op.bodies]
