@@ -132,7 +132,7 @@ class Live:
                 last[key], size[key] = at, v.bytes * width / v.width
             if op.name in LOOPS:
                 self._loop(at, op, size)
-        self._siblings(first, last, size)
+        self._siblings(last, size)
         for r in list(last):
             if isinstance(r, Value) and r in self.slices and r in self.made:
                 size[r] = r.bytes
@@ -155,18 +155,17 @@ class Live:
         self.peak = self.level[self.at] if ops else 0.0
         self.alive = sorted(((size[k], k) for k in size if k in first and first[k] <= self.at <= last[k]), key=lambda x: -x[0])
 
-    def _siblings(self, first: dict, last: dict, size: dict) -> None:
+    def _siblings(self, last: dict, size: dict) -> None:
         """Chains of one shape that read the same values are one operation, which gives all of their results at once."""
         found: dict[tuple, list[tuple[int, Value]]] = {}
         for v in size:
             if isinstance(v, Value) and v in self.by and self.kinds[self.by[v]] == "loop" and size[v] >= LARGE:
                 found.setdefault(v.local, []).append((self.by[v], v))
         for group in found.values():
-            for k, (at, v) in enumerate(sorted(group, key=lambda x: x[0])):
-                mine = self._sources(v)
-                for later, w in sorted(group, key=lambda x: x[0])[k + 1:]:
-                    theirs = self._sources(w)
-                    if mine & theirs and not self._needs(w, v):
+            group.sort(key=lambda x: x[0])
+            for k, (_, v) in enumerate(group):
+                for later, w in group[k + 1:]:
+                    if self._sources(v) & self._sources(w) and not self._needs(w, v):
                         last[v] = max(last[v], later)
 
     def _needs(self, w: Value, v: Value) -> bool:
