@@ -33,7 +33,8 @@ SETS: dict[str, dict[str, str]] = {
         **{f"xla_tpu_enable_async_collective_fusion{name}": "true" for name in ("", "_fuse_all_gather", "_multiple_steps")},
         "xla_tpu_overlap_compute_collective_tc": "true", "xla_enable_async_all_gather": "true"},
 }
-OF_CHIP: dict[str, tuple[str, ...]] = {"v5e": ("scatter",), "v6e": ("scatter",)}
+ONLY = {"sparsecore": ("v5p", "v6e"), "overlap": ("v5e",)}             # the others refuse to compile, or have no such cores
+OF_CHIP: dict[str, tuple[str, ...]] = {"v5e": ("scatter",), "v6e": ("sparsecore",)}
 
 
 def check_flags(words: str) -> None:
@@ -44,14 +45,24 @@ def check_flags(words: str) -> None:
 
 
 def flags(words: str, device: jax.Device) -> dict[str, str] | None:
-    """The options for programs on such devices; None where there are none, as on all but TPUs."""
+    """The options for programs on such devices; None where there are none, as on all but TPUs.
+
+    Raises:
+      ConfigError: no such words, or a set that is not for these chips.
+    """
     check_flags(words)
+    if device.platform != "tpu":
+        return None
     kind = next((name for name, chip in CHIPS.items() if chip is chip_of(device.device_kind)), "")
     names = OF_CHIP.get(kind, ()) if words == "auto" else () if words == "none" else words.split("+")
+    for name in names:
+        if kind not in ONLY.get(name, (kind,)):
+            these = f"{' and '.join(ONLY[name])}, and these are {kind or device.device_kind}"
+            raise ConfigError(f"flags={words!r}: {name} is for {these}; use flags=auto")
     wanted = {flag: value for name in names for flag, value in SETS[name].items()}
     theirs = re.findall(r"--(\w+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
     wanted = {flag: value for flag, value in wanted.items() if flag not in theirs}
-    return dict(_known(device, tuple(wanted.items()))) or None if device.platform == "tpu" else None
+    return dict(_known(device, tuple(wanted.items()))) or None
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm_jax import compiler
-from mllm_jax.compiler import SETS, flags
+from mllm_jax.compiler import OF_CHIP, ONLY, SETS, flags
 from mllm_jax.config import ConfigError, load
 from mllm_jax.sharding import Layout
 from mllm_jax.train import step
@@ -30,6 +30,21 @@ def test_other_devices_get_none():
 def test_a_word_that_is_no_set_names_the_nearest():
     with pytest.raises(ConfigError, match="no set of compiler flags is called 'scater'; nearest: scatter"):
         Layout(flags="overlap+scater").make_mesh()
+
+
+def test_a_set_of_other_chips_is_refused(chips):
+    with pytest.raises(ConfigError, match="sparsecore is for v5p and v6e, and these are v5e; use flags=auto"):
+        flags("sparsecore", chips[0])
+
+
+@pytest.mark.parametrize(("shape", "names"), [
+    ("v5e:2x2", ["scatter", "overlap"]), ("v6e:2x2", ["sparsecore"]), ("v5p:2x2x1", ["scatter", "sparsecore"])])
+def test_the_compiler_knows_all_of_them(shape, names, chips):
+    from mllm_jax.plan.topology import topology
+
+    device = topology(shape).devices[0]
+    assert all(flags(name, device) == SETS[name] for name in names)
+    assert all(kind in ONLY.get(name, (kind,)) for kind, own in OF_CHIP.items() for name in own)
 
 
 def test_a_chip_has_its_own_and_the_users_stay_as_they_are(chips, monkeypatch):
