@@ -34,7 +34,7 @@ SETS: dict[str, dict[str, str]] = {
         "xla_tpu_overlap_compute_collective_tc": "true", "xla_enable_async_all_gather": "true"},
 }
 ONLY = {"sparsecore": ("v5p", "v6e"), "overlap": ("v5e",)}             # the others refuse to compile, or have no such cores
-OF_CHIP: dict[str, tuple[str, ...]] = {"v5e": ("scatter",), "v6e": ("sparsecore",)}
+OF_CHIP: dict[str, tuple[str, ...]] = {"v5e": ("scatter",), "v5p": ("sparsecore",), "v6e": ("sparsecore",)}
 
 
 def check_flags(words: str) -> None:
