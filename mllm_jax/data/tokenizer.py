@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mllm_jax.config import ConfigError
 
@@ -105,6 +105,9 @@ def _train(name: str, texts: Iterable[str] | None, special: list[str]) -> Tokeni
 
 
 def _read(name: str) -> PreTrainedTokenizerFast:
+    # It brings torch with it, where that is installed: a second, and a program may need none.
+    from transformers import AutoTokenizer
+
     path = name.removeprefix("hf://")
     if not name.startswith("hf://") and not Path(path).is_dir():
         raise ConfigError(f"{name!r} is not a tokenizer: write bytes, bpe:SIZE, hf://name, or a folder that exists")
