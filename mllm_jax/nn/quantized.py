@@ -4,12 +4,13 @@
     dx = dy w'        rows of dy likewise, as int8 or e5m2, with the w of the forward pass
     dw = x' dy        in the compute dtype
 
-This is SwitchBack (arXiv:2304.13013, section 2.2), by which a CLIP of a billion parameters trained as well as in bfloat16.
+This is SwitchBack (arXiv:2304.13013, section 2.2) with a scale for each column of w, where the paper's has one for all of it; by that a
+CLIP of a billion parameters trained to within a tenth of a point of bfloat16.
 The last product sums over all tokens of a batch: its noise grows with the batch, and all chips would have to agree on its scales.
 Parameters stay float32; scales and sums are too, or int32.  How values are rounded and multiplied is qwix's.
 
-Embeddings, the head, norms, routers, patches and connectors are not products of layers: there is little to gain, and the first and
-the last layers of a network are the ones that suffer.  Nor are experts of sparse layers (nn/experts.py) and adapters.
+Embeddings, the head, norms, routers, patches and single projections of connectors are not products of layers: there is little to gain,
+and the first and the last layers of a network are the ones that suffer.  Nor are experts of sparse layers (nn/experts.py) and adapters.
 """
 
 import functools
@@ -47,6 +48,7 @@ class LayerLinear(Linear):
     def product(self, x: jax.Array) -> jax.Array:
         if (kind := current().quantize) == "none":
             return super().product(x)
+        check(kind)
         kernel, n = self.kernel[...].astype(jnp.float32), self.inputs
         outer = kernel.shape[n:]
         y = multiply(x.reshape(*x.shape[: x.ndim - n], -1), kernel.reshape(-1, math.prod(outer)), kind)
