@@ -20,10 +20,12 @@ from PIL import Image
 
 from mllm_jax.config import ConfigError
 from mllm_jax.connectors.mlp import MLPConfig
+from mllm_jax.data import entries as entries_module
 from mllm_jax.data import loader as loader_module
 from mllm_jax.data.augment import HorizontalFlip, RandomResizedCrop
+from mllm_jax.data.entries import WorkersLost, share
 from mllm_jax.data.errors import BadExample
-from mllm_jax.data.loader import Loader, WorkersLost, _Entries, _share, dropped, merge
+from mllm_jax.data.loader import Loader, dropped, merge
 from mllm_jax.data.sources.shapes import Shapes
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.data.views import Square
@@ -121,7 +123,7 @@ def test_an_iterator_can_be_set_back(whole):
 
 def test_worker_processes_do_not_change_the_stream_whether_they_live_or_die(whole, capfd):
     many = loader(replace(MIX, workers=3), MIXED)
-    assert _share(3, many.weights) == {"shapes": 2, "text": 1, "broken": 0}
+    assert share(3, many.weights) == {"shapes": 2, "text": 1, "broken": 0}
     with iter(many) as batches:
         assert [digest(next(batches)) for _ in range(2)] == whole[:2]
         state = json.loads(json.dumps(batches.get_state()))
@@ -190,7 +192,7 @@ class Deadly(list):
 
 
 def test_a_record_that_ends_every_worker_ends_the_run(monkeypatch):
-    monkeypatch.setattr(loader_module, "LIVES", 1)
+    monkeypatch.setattr(entries_module, "LIVES", 1)
     with iter(loader(data({"text": 1.0}, workers=1), {"text": Deadly([text("text", 0)])})) as batches:
         with pytest.raises(WorkersLost, match="the workers that read 'text' die at its record 0, the last with exit code 7 .*lower data.workers"):
             next(batches)
@@ -204,15 +206,6 @@ def test_seeds_change_the_order_and_epochs_do_too():
     assert first[:32] != first[32:]
     # The second epoch of a seed is not the first of the next one.
     assert first[32:] != ids(seed=2)[:32]
-
-
-@pytest.mark.parametrize("count", [1, 2, 100, 4096, 5000])
-def test_an_epoch_is_a_permutation_of_the_source_however_large(count):
-    entries = _Entries("s", range(count), None, {}, None, "raise", "token", "seed")
-    orders = [[entries._order(epoch, k) for k in range(count)] for epoch in range(2)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(count))
-    assert count < 100 or orders[0] != orders[1]
-    assert orders[0][: count // 2] == [entries._order(0, k) for k in range(count // 2)]
 
 
 @pytest.mark.parametrize("hosts", [2, 3])
@@ -350,11 +343,6 @@ def test_a_source_with_nothing_usable_stops_instead_of_searching_for_ever():
 def test_sources_that_give_nothing_are_refused(sources, message):
     with pytest.raises(ConfigError, match=message):
         loader(data(sources), {"s": []})
-
-
-def test_workers_are_shared_by_weight():
-    assert _share(4, {"a": 0.5, "b": 0.25, "c": 0.25}) == {"a": 2, "b": 1, "c": 1}
-    assert _share(2, {"a": 1.0, "b": 1.0, "c": 0.1}) == {"a": 1, "b": 1, "c": 0}
 
 
 SCRIPT = """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mllm_jax.config import RESTART
-from mllm_jax.data.loader import _Entries
+from mllm_jax.data.entries import Entries
 from mllm_jax.hosts import Lockstep
 from tests.conftest import FAST, ROOT
 
@@ -98,7 +98,7 @@ def test_what_stops_one_process_stops_both_at_the_same_step(tmp_path: Path):
 
 def test_a_process_that_hangs_ends_all_and_leaves_the_stacks_of_each(tmp_path: Path):
     """A picture that is a pipe is read for ever: that process waits for data, the other one for that process."""
-    order = _Entries("", range(400), None, {}, None, "raise", "token", "0/0/llava:talk.json")._order
+    order = Entries("", range(400), None, {}, None, "raise", "token", "0/0/llava:talk.json").order
     records(tmp_path, pictured=order(0, 9))     # of the first process, and not among those by which a source is timed
     os.mkfifo(tmp_path / "pipe.jpg")
     hosts = start(tmp_path, "--patience", "8")
