@@ -44,22 +44,27 @@ def check_flags(words: str) -> None:
             raise ConfigError(f"flags={words!r}: no set of compiler flags is called {word!r}; nearest: {nearest(word, ['auto', 'none', *SETS])}")
 
 
-def flags(words: str, device: jax.Device) -> dict[str, str] | None:
-    """The options for programs on such devices; None where there are none, as on all but TPUs.
+def sets(words: str, device: jax.Device) -> tuple[str, ...]:
+    """The names of the sets that programs on such devices get; none on others than TPUs.
 
     Raises:
       ConfigError: no such words, or a set that is not for these chips.
     """
     check_flags(words)
     if device.platform != "tpu":
-        return None
+        return ()
     kind = next((name for name, chip in CHIPS.items() if chip is chip_of(device.device_kind)), "")
-    names = OF_CHIP.get(kind, ()) if words == "auto" else () if words == "none" else words.split("+")
+    names = OF_CHIP.get(kind, ()) if words == "auto" else () if words == "none" else tuple(words.split("+"))
     for name in names:
         if kind not in ONLY.get(name, (kind,)):
             these = f"{' and '.join(ONLY[name])}, and these are {kind or device.device_kind}"
             raise ConfigError(f"flags={words!r}: {name} is for {these}; use flags=auto")
-    wanted = {flag: value for name in names for flag, value in SETS[name].items()}
+    return names
+
+
+def flags(words: str, device: jax.Device) -> dict[str, str] | None:
+    """The options for programs on such devices, or None; `sets` says what it raises."""
+    wanted = {flag: value for name in sets(words, device) for flag, value in SETS[name].items()}
     theirs = re.findall(r"--(\w+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
     wanted = {flag: value for flag, value in wanted.items() if flag not in theirs}
     return dict(_known(device, tuple(wanted.items()))) or None

@@ -29,7 +29,7 @@ MAY_IMPORT = {                          # package -> packages of ours that it ma
     "evaluation": RUN,
     "configs": {*RUN, "evaluation", "train"} - {"hf"},
     "launch": {"config", "chips", "sharding"},
-    "plan": {*RUN, "chips", "train", "evaluation", "configs"},
+    "plan": {*RUN, "chips", "compiler", "train", "evaluation", "configs"},
     "commands": {*RUN, "chips", "train", "evaluation", "configs", "launch", "plan"},
     "cli": {"config", "commands", "data", "launch"},
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from mllm_jax import sharding
 from mllm_jax.chips import GIB
+from mllm_jax.compiler import sets
 from mllm_jax.evaluation.html import duration, percent, short
 from mllm_jax.objectives.cross_entropy import chunk_size
 from mllm_jax.plan import program as programs
@@ -164,8 +165,9 @@ def text(p: Plan) -> Iterator[str]:
     shape = " ".join(f"{k}={n}" for k, n in p.mesh.items() if n > 1) or "one chip"
     room = "".join(f", room for {many(n, m)}" for m, n in p.images.items())
     yield f"{p.recipe}, stage {p.stage}, on {p.on}: {many(p.chips, 'chip')}, {many(p.on.hosts, 'host')}"
+    flags = f"compiler flags {'+'.join(sets(p.layout.flags, p.on.devices[0])) or 'none'}"
     eight = "" if p.layout.quantize == "none" else f", layers in {p.layout.quantize} (MFU is of bfloat16's peak)"
-    yield f"  mesh {shape}; {p.layout.dtype}{eight}, remat {p.layout.remat}, {many(p.layout.microbatches, 'microbatch')}"
+    yield f"  mesh {shape}; {p.layout.dtype}{eight}, remat {p.layout.remat}, {many(p.layout.microbatches, 'microbatch')}, {flags}"
     yield (f"  a step is {many(p.rows, 'row')} of {p.seq_len:,} positions{room}; {short(p.parameters)} parameters, {short(p.trained)} of them train")
     yield ""
     if not p.fits:
@@ -246,6 +248,7 @@ def as_json(p: Plan) -> dict[str, Any]:
     out = {
         "recipe": p.recipe, "stage": p.stage, "topology": p.on.name, "slices": p.on.slices, "chips": p.chips, "hosts": p.on.hosts,
         "mesh": dict(p.mesh), "dtype": p.layout.dtype, "quantize": p.layout.quantize, "remat": p.layout.remat, "microbatches": p.layout.microbatches,
+        "flags": list(sets(p.layout.flags, p.on.devices[0])),
         "rows": p.rows, "seq_len": p.seq_len, "parameters": p.parameters, "trained_parameters": p.trained, "fits": p.fits,
         "hbm": p.on.chip.hbm, "state_bytes": p.state_bytes, "compile_seconds": round(p.compile_seconds, 2),
         "model_flops_of_all": p.model_flops, "images_per_row": dict(p.images),
