@@ -61,6 +61,7 @@ CHIPS: dict[str, Chip] = {
     "h200": Chip(kinds=("NVIDIA H200",), peak=989.4e12, quantized={"int8": 1979e12, "fp8": 1979e12}),
 }
 TPUS = {name: chip for name, chip in CHIPS.items() if chip.slices}
+GPUS = {name: chip for name, chip in CHIPS.items() if not chip.slices}
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -8,7 +8,7 @@ import re
 import shlex
 from dataclasses import field
 
-from mllm_jax.chips import CHIPS, shape_of
+from mllm_jax.chips import CHIPS, TPUS, shape_of
 from mllm_jax.config import RESTART, ConfigError, config
 from mllm_jax.launch.layouts import Machine
 
@@ -48,7 +48,7 @@ class Job:
         The platform is named, or jax would go on with the processors where the chips cannot be opened.
         """
         parent = self.folder.rsplit("/", 1)[0]
-        platform = "tpu" if CHIPS[self.machine.chip].slices else "cuda"
+        platform = "tpu" if self.machine.chip in TPUS else "cuda"
         return {"JAX_PLATFORMS": f"{platform},cpu", "JAX_COMPILATION_CACHE_DIR": f"{parent}/xla", "HF_HOME": f"{parent}/huggingface",
                 "PYTHONUNBUFFERED": "1"}
 

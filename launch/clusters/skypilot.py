@@ -31,7 +31,7 @@ def write(job: Job) -> str:
     tpu = chip in tpu_vm.TYPES
     if tpu and slices > 1:
         raise ConfigError(f"SkyPilot starts one TPU slice and {slices} are asked for; use launch gke or tpu-vm")
-    environment = job.environment | ({"MLLM_JAX_CLUSTER": "tpu"} if tpu and job.hosts > 1 else {})
+    environment = tpu_vm.environment(job) if tpu else job.environment
     where = "gcp" + (f"/{job.zone.rsplit('-', 1)[0]}/{job.zone}" if job.zone else "") if tpu or job.zone else "*"
     if tpu:
         wanted = (f"accelerators: tpu-{tpu_vm.accelerator(chip, chips)}\n"

@@ -8,10 +8,9 @@ mean the same here.
 
 import shlex
 
+from mllm_jax.chips import GPUS
 from mllm_jax.config import ConfigError
 from mllm_jax.launch.clusters.job import AGAIN, GRACE, Job
-
-GPUS = ("a100", "h100", "h200")
 
 
 def write(job: Job) -> str:

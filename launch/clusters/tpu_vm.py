@@ -26,6 +26,11 @@ def accelerator(chip: str, chips: int) -> str:
     return TYPES[chip][0](chips)
 
 
+def environment(job: Job) -> dict[str, str]:
+    """TPU machines say who they are in their metadata and not in the environment; several are told to look there."""
+    return job.environment | ({"MLLM_JAX_CLUSTER": "tpu"} if job.hosts * job.machine.slices > 1 else {})
+
+
 def write(job: Job) -> str:
     """The script, for `bash`.
 
@@ -37,12 +42,9 @@ def write(job: Job) -> str:
         raise ConfigError(f"launch tpu-vm writes files for TPUs ({', '.join(TYPES)}); for {chip} use skypilot or slurm")
     nodes = '--node-id="$NAME"' if slices == 1 else f'--node-count={slices} --node-prefix="$NAME"'
     more = [*(["--spot"] if job.spot else []), *([f"--service-account={job.service_account}"] if job.service_account else [])]
-    # TPU machines say who they are in their metadata and not in the environment.
-    several = job.hosts * slices > 1
-    environment = job.environment | ({"MLLM_JAX_CLUSTER": "tpu"} if several else {})
     # As flags, groups are a part of the name, but for the oldest one.
     mount = " ".join(f"--{k if group == 'file-system' else f'{group}-{k}'}={v}" for group, of in FUSE.items() for k, v in of.items())
-    given = " \\\n    ".join(f"--env={shlex.quote(f'{k}={v}')}" for k, v in environment.items())
+    given = " \\\n    ".join(f"--env={shlex.quote(f'{k}={v}')}" for k, v in environment(job).items())
     return f"""\
 #!/usr/bin/env bash
 # {job.name}: {slices} x {chip} {job.shape} ({chips} chips each) as a queued resource.
