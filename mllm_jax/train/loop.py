@@ -20,10 +20,11 @@ from mllm_jax.data.loader import Loader, dropped, merge
 from mllm_jax.hf.load import load_subtree
 from mllm_jax.hosts import Lockstep, gather
 from mllm_jax.train.adapters import trained_of
-from mllm_jax.train.checkpoint import Checkpoints, initial_params
+from mllm_jax.train.checkpoint import Checkpoints
 from mllm_jax.train.feed import Fed, Feed
 from mllm_jax.train.flops import Counts, step_flops
 from mllm_jax.train.folder import Run
+from mllm_jax.train.initial import initial_params
 from mllm_jax.train.ledger import Ledger
 from mllm_jax.train.log import Log
 from mllm_jax.train.optimizer import build, schedule

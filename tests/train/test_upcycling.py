@@ -14,7 +14,8 @@ from mllm_jax.nn.moe import MoEConfig
 from mllm_jax.nn.param import merge
 from mllm_jax.recipe import Adam
 from mllm_jax.sharding import Layout
-from mllm_jax.train.checkpoint import CheckpointError, Checkpoints, initial_params
+from mllm_jax.train.checkpoint import CheckpointError, Checkpoints
+from mllm_jax.train.initial import initial_params
 from mllm_jax.train.optimizer import build
 from mllm_jax.train.state import Blueprint, make_state, trained_paths
 from tests.synthetic import batch_for, llava, randomized
