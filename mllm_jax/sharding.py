@@ -64,17 +64,7 @@ class Layout:
         check_quantized(self.quantize, devices[0].device_kind)
         check_flags(self.flags)
         groups = _slices(devices, self.slices)
-        sizes, rest = dict(self.mesh), [k for k, n in self.mesh.items() if n == -1]
-        known, each = math.prod(n for n in sizes.values() if n != -1), len(groups[0])
-        if len(rest) > 1 or known < 1 or each % known or (not rest and known != each):
-            want = " x ".join(f"{k}={n}" for k, n in sizes.items())
-            of = "" if len(groups) == 1 else f" of each of {len(groups)} slices"
-            raise ConfigError(f"the mesh {want} does not fit {each} devices{of}; change the layout's mesh sizes "
-                              f"so that they multiply to {each} (one may be -1, for the rest)")
-        for k in rest:
-            sizes[k] = each // known
-        if len(groups) > 1 and "data" not in sizes:
-            raise ConfigError(f"a layout of {len(groups)} slices needs the axis data, which goes over them; add mesh.data=1")
+        sizes = self.sizes(len(groups[0]), len(groups))
         # In an order that makes neighbours of a mesh axis neighbours on the wires; where an axis of the mesh is a part of one of the
         # torus, or spans two, it is split.
         place = lambda group: create_device_mesh(tuple(sizes.values()), group, allow_split_physical_axes=group[0].platform == "tpu")
@@ -82,6 +72,23 @@ class Layout:
         ordered = np.concatenate(grid, axis=list(sizes).index("data")) if len(grid) > 1 else grid[0]
         # Mesh makes automatic axes only if it is told; explicit ones change the meaning of every operation.
         return Mesh(ordered, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+    def sizes(self, each: int, slices: int = 1) -> dict[str, int]:
+        """The axes of the mesh of one slice, which has `each` devices and is one of so many.
+
+        Raises:
+          ConfigError: the sizes do not multiply to `each`, or there is no axis to go over the slices.
+        """
+        sizes, rest = dict(self.mesh), [k for k, n in self.mesh.items() if n == -1]
+        known = math.prod(n for n in sizes.values() if n != -1)
+        if len(rest) > 1 or known < 1 or each % known or (not rest and known != each):
+            want = " x ".join(f"{k}={n}" for k, n in sizes.items())
+            of = "" if slices == 1 else f" of each of {slices} slices"
+            raise ConfigError(f"the mesh {want} does not fit {each} devices{of}; change the layout's mesh sizes "
+                              f"so that they multiply to {each} (one may be -1, for the rest)")
+        if slices > 1 and "data" not in sizes:
+            raise ConfigError(f"a layout of {slices} slices needs the axis data, which goes over them; add mesh.data=1")
+        return sizes | {k: each // known for k in rest}
 
 
 def _slices(devices: list[jax.Device], wanted: int) -> list[list[jax.Device]]:
@@ -208,12 +215,12 @@ def row_shards(mesh: Mesh | None = None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.shape)
 
 
-def check_rows(field: str, rows: int, layout: Layout, mesh: Mesh) -> None:
-    """Raises ConfigError if so many rows, the value of this field, do not divide over the mesh and its microbatches."""
-    parts = row_shards(mesh)
-    if rows % (parts * layout.microbatches):
-        raise ConfigError(f"{field} is {rows}; the layout needs a multiple of {parts * layout.microbatches}: "
-                          f"{parts} parts of the rows times {layout.microbatches} microbatches")
+def check_rows(field: str, rows: int, layout: Layout, mesh: Mapping[str, int]) -> None:
+    """Raises ConfigError if so many rows, the value of this field, do not divide over a mesh of these sizes and its microbatches."""
+    parts = math.prod(mesh.get(a, 1) for a in BATCH_AXES)
+    if rows % (need := parts * layout.microbatches):
+        raise ConfigError(f"{field} is {rows}; the layout needs a multiple of {need}: {parts} parts of the rows times "
+                          f"{layout.microbatches} microbatches; choose {field}={-(-rows // need) * need}, or a smaller layout")
 
 
 def check_length(field: str, length: int, mesh: Mapping[str, int]) -> None:

@@ -1,7 +1,6 @@
 """`mllm-jax launch`: prints the file that starts a training run on rented machines."""
 
 import argparse
-import math
 import re
 from typing import Any
 
@@ -91,22 +90,15 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _check_rows(recipe: Any, layout: Any, machine: Any) -> None:
     """What training would say on its first step, said before machines are rented."""
-    from mllm_jax.sharding import BATCH_AXES, check_length
+    from mllm_jax.sharding import check_length, check_rows
 
-    sizes = dict(layout.mesh)
-    known = math.prod(n for n in sizes.values() if n != -1)
-    if -1 in sizes.values() and machine.chips % known == 0:
-        sizes = {k: machine.chips // known if n == -1 else n for k, n in sizes.items()}
-    if math.prod(sizes.values()) != machine.chips or layout.slices != machine.slices:
-        mesh = " x ".join(f"{k}={n}" for k, n in layout.mesh.items())
-        raise ConfigError(f"the layout {machine.chip}-{machine.chips} has {machine.slices} slices of {machine.chips} chips, and the mesh "
-                          f"{mesh} with slices={layout.slices} does not fit them; change its sizes so that they multiply to {machine.chips}")
-    shards = math.prod(n for k, n in sizes.items() if k in BATCH_AXES) * machine.slices * layout.microbatches
+    if layout.slices != machine.slices:
+        raise ConfigError(f"the layout {machine.chip}-{machine.chips} has {machine.slices} slices, and slices={layout.slices} does not fit them")
+    sizes = layout.sizes(machine.chips, machine.slices)
+    sizes |= {"data": sizes.get("data", 1) * machine.slices}
     for name, stage in recipe.stages.items():
         check_length(f"stages.{name}.data.seq_len", stage.data.seq_len, sizes)
-        if stage.data.batch_size % shards:
-            raise ConfigError(f"stages.{name}.data.batch_size is {stage.data.batch_size}, and these machines need a multiple of {shards}: "
-                              f"choose a smaller layout, or stages.{name}.data.batch_size={-(-stage.data.batch_size // shards) * shards}")
+        check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, layout, sizes)
 
 
 def _arguments(args: argparse.Namespace, recipe: Any) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) 
     """
     mesh = layout.make_mesh(list(devices))
     stage, model = recipe.stages[name], model_of(recipe, name)
-    sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, layout, mesh)
+    sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, layout, mesh.shape)
     sharding.check_length(f"stages.{name}.data.seq_len", stage.data.seq_len, mesh.shape)
     with sharding.use(layout, mesh), not_kept():
         blueprint = Blueprint(model, layout, mesh)

@@ -107,7 +107,7 @@ def _check(recipe: Recipe, options: RunOptions) -> Mesh:
         recipe.stage_name(stage)
     mesh = options.layout.make_mesh()
     for name, stage in recipe.stages.items():
-        sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, options.layout, mesh)
+        sharding.check_rows(f"stages.{name}.data.batch_size", stage.data.batch_size, options.layout, mesh.shape)
         sharding.check_length(f"stages.{name}.data.seq_len", stage.data.seq_len, mesh.shape)
         check_shards(stage.data.shards or 1, stage.data.batch_size)
     if not _begins(recipe, options):
