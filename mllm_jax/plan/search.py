@@ -18,8 +18,8 @@ from mllm_jax.plan.report import Options, Plan, many, network_of, plan_of, secon
 from mllm_jax.plan.roofline import Clock, Roof, kept
 from mllm_jax.plan.topology import Topology
 from mllm_jax.recipe import Recipe
-from mllm_jax.sharding import Layout, row_shards
-from mllm_jax.train.adapters import model_of
+from mllm_jax.sharding import CONTEXT, Layout, row_shards
+from mllm_jax.train.adapters import model_of, plain
 from mllm_jax.types import record
 
 POLICIES = ("full", "attention", "qkv+attention", "qkv+attention+out", "qkv+attention+mlp", "qkv+attention+out+mlp")
@@ -187,6 +187,8 @@ def meshes(recipe: Recipe, stage: str, on: Topology) -> list[dict[str, int]]:
     tensor = fits[0]
     parts = chips // tensor
     out = [{"data": 1, "fsdp": parts, "tensor": tensor}]
+    if tensor > 1 and recipe.stages[stage].data.seq_len % tensor == 0 and hasattr(plain(model_of(recipe, stage)), "decoder"):
+        out.append({"data": 1, "fsdp": parts, "tensor": 1, CONTEXT: tensor})
     if parts > FSDP and parts % FSDP == 0:
         out.append({"data": parts // FSDP, "fsdp": FSDP, "tensor": tensor})
     if experts := _experts(model_of(recipe, stage)):
@@ -197,14 +199,14 @@ def meshes(recipe: Recipe, stage: str, on: Topology) -> list[dict[str, int]]:
 
 def _experts(model: object) -> int:
     """How many experts a sparse layer of the model has; 0 if it has none."""
-    layers = getattr(getattr(getattr(model, "model", model), "decoder", None), "cycle", ())
+    layers = getattr(getattr(plain(model), "decoder", None), "cycle", ())
     return max((getattr(getattr(layer, "mlp", None), "experts", 0) for layer in layers), default=0)
 
 
 def remarks(recipe: Recipe, stage: str, on: Topology, best: Candidate) -> Iterator[str]:
     """What the user should know of the choice, a line each."""
     data, shards = _changed(recipe, best.overrides).stages[stage].data, math.prod(best.layout.mesh.values()) * on.slices
-    if (tensor := best.layout.mesh.get("tensor", 1)) > 1:
+    if (tensor := best.layout.mesh.get("tensor", 1) * best.layout.mesh.get(CONTEXT, 1)) > 1:
         yield (f"{data.batch_size} rows are too few for {shards} chips: {tensor} chips share each row; "
                f"stages.{stage}.data.batch_size={data.batch_size * tensor} would use them better")
     parts = shards // tensor * best.layout.microbatches
