@@ -119,3 +119,13 @@ def test_what_the_choice_means_for_the_rest_is_said():
     assert few == "64 rows are too few for 256 chips: 4 chips share each row; stages.instruct.data.batch_size=256 would use them better"
     [odd] = remarks(recipe, "instruct", On(512), replace(one, layout=replace(layout, mesh={"fsdp": 512})))
     assert "the rows of stage align (256) do not divide over this layout; train with --stages instruct" in odd
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--out", "f.json"], "--out is for a search; give --search too"), (["--search", "--out", "f.txt"], "a layout's file ends in .json"),
+    (["--search", "--rows", "2k"], "--rows is '2k'; write lengths"), (["--search", "--stage", "aline"], "nearest: align"),
+])
+def test_a_mistake_is_one_line(tpu, argv, says, capsys):
+    assert main(["plan", "projector/llava_15", "--tiny", "--topology", "v5e:2x2", *argv]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
