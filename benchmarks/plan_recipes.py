@@ -37,23 +37,33 @@ def job_of(recipe: str, topology: str, tiny: bool = False) -> Job:
 
 
 def one(job: Job) -> Row:
-    """The plan of the heaviest stage, under the first layout that fits."""
+    """The plan of the heaviest stage, under a layout that fits, if there is one."""
     from mllm_jax.config import load, override
-    from mllm_jax.launch import layouts
-    from mllm_jax.plan.report import Options, plan
     from mllm_jax.plan.topology import topology
 
     on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"])
     recipe = recipe.tiny() if job.get("tiny") else recipe
     stage = heaviest(recipe)
     paper = recipe.stages[stage].data.batch_size
-    rows, layouts_of = choose(recipe, stage, on)
+    rows, words = choose(recipe, stage, on)
     recipe = override(recipe, f"stages.{stage}.data.batch_size={rows}")
-    for words in layouts_of:
-        made = plan(job["recipe"], recipe, stage, on, layouts.find(words, "tpu"), Options(measure=0))
+    for made in attempts(job["recipe"], recipe, stage, on, words):
         if made.fits:
             break
-    return plans.summary(made, words) | {"paper_rows": paper}
+    return plans.summary(made) | {"paper_rows": paper}
+
+
+def attempts(name: str, recipe: Any, stage: str, on: Any, words: Sequence[str]) -> Iterator[Any]:
+    """Plans, one after another: of what `plan --search` finds best, and then of these layouts, which are small in other ways."""
+    from mllm_jax.launch import layouts
+    from mllm_jax.plan.report import Options, plan
+    from mllm_jax.plan.search import Wanted, search
+
+    options = Options(measure=0)
+    if "context" not in words[0]:               # a search splits no rows along their positions
+        yield from (c.plan for c in search(name, recipe, stage, on, layouts.find("auto", "tpu"), options, Wanted(most=1)) if c.plan)
+    for each in words:
+        yield plan(name, recipe, stage, on, layouts.find(each, "tpu"), options)
 
 
 def heaviest(recipe: Any) -> str:

@@ -58,7 +58,7 @@ def make(script: Path, todo: Sequence[Job], file: Path, jobs: int = 1, limit: fl
 
 def _process(script: Path, job: Job, limit: float) -> Row:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}       # XLA's warnings are told
-    row: Row = {"job": dict(job), "jax": importlib.metadata.version("jax"), "libtpu": importlib.metadata.version("libtpu")}
+    row: Row = {"job": dict(job), "jax": importlib.metadata.version("jax"), "libtpu": importlib.metadata.version("libtpu"), "commit": _commit()}
     began = time.monotonic()
     try:
         ended = subprocess.run([sys.executable, str(script), ALONE, json.dumps(job)], env=env, capture_output=True, text=True, timeout=limit)
@@ -72,17 +72,24 @@ def _process(script: Path, job: Job, limit: float) -> Row:
     return row | json.loads(ended.stdout.splitlines()[-1])
 
 
+def _commit() -> str:
+    """Of the code that plans, where git knows it."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def said(row: Row) -> str:
     """A row in a line."""
     if "error" in row:
         return row["error"]
+    layout = f"{' '.join(f'{k}={n}' for k, n in row['mesh'].items() if n > 1)} remat={row['remat']} microbatches={row['microbatches']}"
     if not row["fits"]:
-        return f"does not fit ({row['layout']}): {row['refusal']}"
-    return (f"{row['layout']}, {row['hbm_gib']:.2f} of {row['hbm_of']:.0f} GiB, {row['step']:.3g} s, MFU {100 * row['mfu']:.1f} %, {row['bound']}; "
+        return f"does not fit ({layout}): {row['refusal']}"
+    return (f"{layout}, {row['hbm_gib']:.2f} of {row['hbm_of']:.0f} GiB, {row['step']:.3g} s, MFU {100 * row['mfu']:.1f} %, {row['bound']}; "
             f"{len(row['replicated'])} replicated, {len(row['warnings'])} warnings; {row['seconds']} s")
 
 
-def summary(made: Any, layout: str) -> Row:
+def summary(made: Any) -> Row:
     """What a row keeps of a plan (plan/report.py)."""
     from mllm_jax.plan.report import as_json
     from mllm_jax.plan.report import said as refused
@@ -90,7 +97,7 @@ def summary(made: Any, layout: str) -> Row:
     full = as_json(made)
     same = ("stage", "chips", "mesh", "remat", "microbatches", "rows", "seq_len", "parameters", "fits")
     out = {k: full[k] for k in same} | {
-        "layout": layout, "hbm_of": full["hbm"] / 2**30, "compile_seconds": round(made.compile_seconds),
+        "hbm_of": full["hbm"] / 2**30, "compile_seconds": round(made.compile_seconds),
         "replicated": [f"{r.what} {r.shape} along {'+'.join(r.axes)}: {r.name[-90:]}" for r in made.replicated]}
     if not made.fits:
         return out | {"refusal": refused(made.refusal)}

@@ -33,7 +33,7 @@ WAYS = {
     "fsdp x tensor 4": lambda n: (1, n // 4, 4),
     "data x fsdp 64 x tensor 4": lambda n: (n // 256, 64, 4),
     "data x fsdp 16": lambda n: (n // 16, 16, 1),
-    "data x fsdp 1024": lambda n: (n // 1024, 1024, 1),
+    "data x fsdp 256": lambda n: (n // 256, 256, 1),
 }
 WIDTH = 4096                            # of the decoder, which is what fsdp splits
 COLOURS = ("#2f6db3", "#d08a3c", "#4f9d8f", "#b23a34", "#8a6fb0", "#8b949e")
@@ -58,7 +58,7 @@ def one(job: Job) -> Row:
     for field, value in (SHAPE | {"batch_size": len(on.devices)}).items():
         recipe = override(recipe, f"stages.{STAGE}.data.{field}={value}")
     words = ",".join([f"auto:remat={REMAT}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
-    return plans.summary(plan(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)), words)
+    return plans.summary(plan(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)))
 
 
 def table(rows: Mapping[str, Row], todo: Sequence[tuple[int, str, Job]]) -> Iterator[str]:

@@ -19,7 +19,8 @@ if job["name"] == "c":
     os.abort()
 time.sleep(60 * (job["name"] == "d"))
 print("said before")
-print(json.dumps({"fits": True, "layout": "auto", "hbm_gib": 1.0, "hbm_of": 16, "step": 1.0, "mfu": 0.5, "bound": "compute", "replicated": []}))
+print(json.dumps({"fits": True, "mesh": {}, "remat": "full", "microbatches": 1, "replicated": [],
+                  "hbm_gib": 1.0, "hbm_of": 16, "step": 1.0, "mfu": 0.5, "bound": "compute"}))
 """
 
 
@@ -53,7 +54,7 @@ def test_the_heaviest_stage_is_planned_with_rows_that_divide(row):
     """Of two stages with rows of one length the second trains the decoder too; 8 rows are 2 for each chip."""
     assert (row["stage"], row["rows"], row["paper_rows"], row["fits"]) == ("instruct", 8, 8, True)
     assert sum(row["units"].values()) == pytest.approx(row["step"], rel=0.01)           # rounded
-    assert row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and row["remat"] == plan_recipes.KEEP
+    assert row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and row["bound"] in row["units"]
 
 
 def test_tables_say_what_is_there_and_what_is_missing(row):
