@@ -2,6 +2,7 @@
 
     --layout v5e-8                                  a row of the table
     --layout v5e-8:microbatches=4,remat=dots        with fields of `sharding.Layout` changed
+    --layout v5p-64:mesh.fsdp=4,mesh.context=16     each row over 16 chips: docs/performance.md, "Long rows"
     --layout auto                                   what is here: see `auto`
     --layout found.json                             a file of `plan --search` (layout_file.py); changes may follow it too
 

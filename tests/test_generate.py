@@ -151,7 +151,7 @@ def test_a_batch_answers_as_each_example_alone_and_as_eight_devices(model, examp
     if sampling.temperature:
         assert together[:2] != alone(examples[:2], sampling, seed=4)
     if sampling.temperature and len(jax.devices()) >= 8:
-        layout = Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2})
+        layout = Layout(mesh={"fsdp": 2, "tensor": 2, "context": 2})
         sharded = Generator(
             CFG, {k: np.asarray(v) for k, v in params.items()}, TOKENIZER, layout=layout, template="plain", rows=8
         )

@@ -82,7 +82,7 @@ def test_the_answers_depend_on_the_images(one):
 
 
 def test_eight_devices_give_the_numbers_of_one(one, tmp_path):
-    mixed = Layout(mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    mixed = Layout(mesh={"fsdp": 2, "tensor": 2, "context": 2})
     results = small.run(tmp_path, layout=mixed)
     same(results, one[1])
     for name in ("answers", "answers/shuffled_image", "answers/blank_image"):
