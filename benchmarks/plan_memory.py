@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from mllm_jax.chips import GIB
 from mllm_jax.config import load, override
 from mllm_jax.launch import layouts
 from mllm_jax.plan import program as programs
@@ -20,7 +21,7 @@ from mllm_jax.plan.analytic import needs
 from mllm_jax.plan.executable import hlo_text
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import memory
-from mllm_jax.plan.topology import GIB, topology
+from mllm_jax.plan.topology import topology
 
 # name: recipe, stage (None: the last), topology, layout, overrides
 PAIRS = {
