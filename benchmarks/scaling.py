@@ -39,13 +39,13 @@ WIDTH = 4096                            # of the decoder, which is what fsdp spl
 COLOURS = ("#2f6db3", "#d08a3c", "#4f9d8f", "#b23a34", "#8a6fb0", "#8b949e")
 
 
-def jobs(chips: Sequence[int]) -> Iterator[tuple[int, str, Job]]:
+def jobs(chips: Sequence[int], flags: str = "none") -> Iterator[tuple[int, str, Job]]:
     """(chips, way, what to plan); two ways may be one mesh."""
     for n in chips:
         for way, mesh_of in WAYS.items():
             mesh = mesh_of(n)
             if math.prod(mesh) == n and WIDTH % mesh[1] == 0:
-                yield n, way, {"topology": SLICES[n], "mesh": dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))}
+                yield n, way, {"topology": SLICES[n], "mesh": dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)), "flags": flags}
 
 
 def one(job: Job) -> Row:
@@ -57,7 +57,7 @@ def one(job: Job) -> Row:
     on, recipe = topology(job["topology"]), load(RECIPE)
     for field, value in (SHAPE | {"batch_size": len(on.devices)}).items():
         recipe = override(recipe, f"stages.{STAGE}.data.{field}={value}")
-    words = ",".join([f"auto:remat={REMAT}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
+    words = ",".join([f"auto:remat={REMAT},flags={job['flags']}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
     return plans.summary(plan(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)))
 
 
@@ -126,9 +126,10 @@ def main() -> None:
     parser.add_argument("--chips", nargs="*", type=int, default=list(SLICES), choices=list(SLICES), metavar="N", help="16, 64, 256, 1024, 6144")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--plot", type=Path, default=PLOT, metavar="FILE", help="where the plot is written (docs/scaling.svg)")
+    parser.add_argument("--flags", default="none", metavar="SETS", help="flags of XLA's compiler (docs/performance.md); none hides no collective")
     plans.add_arguments(parser, FILE, PAGE)
     args = parser.parse_args()
-    todo = [x for x in jobs(args.chips) if x[1] in args.ways]
+    todo = [x for x in jobs(args.chips, args.flags) if x[1] in args.ways]
     made = lambda: list(table(plans.read(args.out), todo))
     if args.print:
         print("\n".join(made()))
