@@ -22,6 +22,9 @@ SETS: dict[str, dict[str, str]] = {
     # Gradients of split parameters stay reduce-scatters, where an all-reduce would move twice the bytes over the same links.
     # The first flag is named for cores that v5e has not; there, too, it keeps the compiler from taking them apart.
     "scatter": {f"{_CORES}_nd_reduce_scatter": "true", "xla_tpu_use_minor_sharding_for_major_trivial_input": "true"},
+    # Weights are gathered whole before a product.  On 16 chips and fewer XLA cuts products of much into as many as there are chips, which pass
+    # parts of the weight on; those take twice as long, and the wires longer still.
+    "gather": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
     # Collectives run on SparseCores, beside the products.
     "sparsecore": {
         **{f"{_CORES}_{name}": "true" for name in (
@@ -34,7 +37,8 @@ SETS: dict[str, dict[str, str]] = {
         "xla_tpu_overlap_compute_collective_tc": "true", "xla_enable_async_all_gather": "true"},
 }
 ONLY = {"sparsecore": ("v5p", "v6e"), "overlap": ("v5e",)}             # the others refuse to compile, or have no such cores
-OF_CHIP: dict[str, tuple[str, ...]] = {"v5e": ("scatter",), "v5p": ("sparsecore",), "v6e": ("sparsecore",)}
+OF_CHIP: dict[str, tuple[str, ...]] = {
+    "v4": ("gather",), "v5e": ("gather", "scatter"), "v5p": ("gather", "sparsecore"), "v6e": ("gather", "sparsecore")}
 
 
 def check_flags(words: str) -> None:
