@@ -58,7 +58,7 @@ def one(job: Job) -> Row:
         stage = replace(stage, train=("*",))
     recipe = replace(recipe, model=MLLMConfig(inputs={}, decoder=text) if text else recipe.model, stages={"step": replace(stage, data=data)})
     words = f"auto:{job['layout']}"
-    return plans.summary(plan(job["model"], recipe, "step", on, layouts.find(words, "tpu"), Options(measure=0)), words)
+    return plans.summary(plan(job["model"], recipe, "step", on, layouts.find(words, "tpu"), Options(measure=0)))
 
 
 def table(rows: Mapping[str, Row]) -> Iterator[str]:
