@@ -180,8 +180,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(jax|flax|orbax|grain|transformers|tensorboardX)\b")
     # What is under way when a checkpoint cannot be read or written is dropped half done.
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-    tell, late = sys.unraisablehook, lambda args: str(args.exc_value) == "Event loop is closed"
-    sys.unraisablehook = lambda args: None if late(args) else tell(args)
+    tell = sys.unraisablehook
+    late = lambda error: str(error) == "Event loop is closed" or isinstance(getattr(error, "__cause__", None), GeneratorExit)
+    sys.unraisablehook = lambda args: None if late(args.exc_value) else tell(args)
 
 
 def cache_folder() -> Path:
