@@ -108,7 +108,7 @@ def find(name: str, platform: str) -> Layout:
       ConfigError: no such layout or field, with the nearest ones in the message; or the chip of that name has no such numbers.
     """
     if path := layout_file.path_of(name):
-        layout, changes = _of_file(path), name[len(str(path)):].removeprefix(":")
+        layout, changes = _of_file(path), name.partition(".json")[2].removeprefix(":")
     else:
         row, _, changes = name.partition(":")
         if row != "auto" and row not in LAYOUTS:

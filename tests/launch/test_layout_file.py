@@ -78,3 +78,10 @@ def test_changes_of_a_recipe_are_not_made_to_another(file):
     name = file(PLAIN | {"recipe": "projector/gemma3", "overrides": ["stages.instruct.data.seq_len=4096"]})
     with pytest.raises(ConfigError, match="for which it was found, and this is resolution/m3; search again"):
         overrides(name, "resolution/m3")
+
+
+def test_a_path_may_be_written_in_any_way(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text(json.dumps({"machine": {"chip": "cpu", "chips": 1}, "layout": {"remat": "dots"}}))
+    assert find("./a.json", "cpu") == find("a.json", "cpu")
+    assert find(".//a.json:microbatches=2", "cpu").microbatches == 2
