@@ -84,7 +84,7 @@ def override(cfg: T, assignment: str) -> T:
     path, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"{assignment!r} is not an override; write path.to.field=value")
-    return _set(cfg, path.split("."), text, path, type(cfg))
+    return _set(cfg, path.split("."), parse(text), path, type(cfg))
 
 
 def compare(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
@@ -137,9 +137,9 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(word, words, n=3, cutoff=0.5) or words) or "none"
 
 
-def _set(node: Any, path: list[str], text: str, whole: str, hint: Any) -> Any:
+def _set(node: Any, path: list[str], value: Any, whole: str, hint: Any) -> Any:
     if not path:
-        return _fit(text, node, hint, whole)
+        return _fit(value, node, hint, whole)
     head, *rest = path
     parts = items(node) or {}
     # A mapping of plain values, such as the weights of sources, takes new names; a record does not.
@@ -147,17 +147,16 @@ def _set(node: Any, path: list[str], text: str, whole: str, hint: Any) -> Any:
     if head not in parts and not open_ended:
         raise ConfigError(f"{whole}: {type(node).__name__} has no field {head!r}; nearest: {nearest(head, parts)}")
     if is_dataclass(node):
-        return replace(node, **{head: _set(parts[head], rest, text, whole, get_type_hints(type(node))[head])})
+        return replace(node, **{head: _set(parts[head], rest, value, whole, get_type_hints(type(node))[head])})
     element = get_args(hint)[-1] if get_args(hint) else Any
-    new = _set(parts.get(head), rest, text, whole, element)
+    new = _set(parts.get(head), rest, value, whole, element)
     if isinstance(node, tuple):
         return tuple(new if str(i) == head else x for i, x in enumerate(node))
     return {**node, head: new}
 
 
-def _fit(text: str, old: Any, hint: Any, whole: str) -> Any:
-    """What is written, as the type that the field declares; an integer may stand for a float, a list for a tuple."""
-    value = parse(text)
+def _fit(value: Any, old: Any, hint: Any, whole: str) -> Any:
+    """`value` as the type that the field declares; an integer may stand for a float, a list for a tuple."""
     for kind in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         origin = get_origin(kind) or kind
         if origin in (Any, typing.Any) or isinstance(origin, TypeVar):
@@ -170,12 +169,10 @@ def _fit(text: str, old: Any, hint: Any, whole: str) -> Any:
             return (value,)
         if origin is type(None) and value is None:
             return None
-        if hint is str and (value is None or isinstance(value, bool)):      # `remat=none` is a word where words are expected
-            return str(value).lower()
         if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
             return value
-    if hint is str and text.isalpha():  # "none" is a word where only words fit
-        return text
+    if hint is str and (value is None or isinstance(value, bool)):          # `remat=none` is a word where only words fit
+        return str(value).lower()
     name = getattr(hint, "__name__", None) or str(hint)
     name = str(hint) if get_args(hint) else name
     raise ConfigError(f"{whole} is {name} (now {old!r}); got {value!r}")

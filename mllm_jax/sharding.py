@@ -170,8 +170,8 @@ def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...], layout: La
 
 def splitting(rules: Rules, mesh: Mesh) -> tuple[str, ...]:
     """The mesh axes that split parameters."""
-    wanted = (rules.get(name) or () for name in PARAMETER_AXES)
-    each = dict.fromkeys(a for w in wanted for a in ((w,) if isinstance(w, str) else w))
+    wanted = (rules.get(name) for name in PARAMETER_AXES)
+    each = dict.fromkeys(a for w in wanted for a in mesh_axes(w))
     return tuple(a for a in each if mesh.shape.get(a, 1) > 1)
 
 
@@ -181,7 +181,7 @@ def parameter_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: 
     Where the named dimensions leave an axis of the mesh unused (32,001 tokens over two chips, a matrix without the width
     of the model), it splits the largest one that it divides.  Whoever uses the parameter gathers it.
     """
-    parts = [() if p is None else (p,) if isinstance(p, str) else tuple(p) for p in spec(axes, shape, rules, mesh)]
+    parts = [mesh_axes(p) for p in spec(axes, shape, rules, mesh)]
     local = [n // math.prod(mesh.shape[a] for a in p) for n, p in zip(shape, parts)]
     names = [None] * (len(shape) - len(axes)) + [name or "" for name in axes]
     for axis in splitting(rules, mesh):

@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if made.fits else 1
 
 
-
 def _searched(args: argparse.Namespace, recipe: Any, on: Any, layout: Any, options: Any) -> Any:
     """The plan of the best layout, which is written to the file; None if none fits."""
     from mllm_jax.config import ConfigError

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mllm_jax.nn.visibility import Visibility
-from mllm_jax.sharding import constrain, current, current_mesh, spec, use
+from mllm_jax.sharding import constrain, current, current_mesh, mesh_axes, spec, use
 from mllm_jax.types import record
 
 Core = Callable[..., jax.Array]         # (q, k, v, visibility) -> f[b s h k]
@@ -30,7 +30,7 @@ def axes_of(name: str, size: int) -> tuple[str, ...]:
     """The axes of the mesh that split so many of what has this name."""
     mesh = current_mesh()
     part = None if mesh is None else spec((name,), (size,), current().rules, mesh)[0]
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+    return mesh_axes(part)
 
 
 def way(q: jax.Array, k: jax.Array, visibility: Visibility | None) -> str | None:

@@ -200,8 +200,6 @@ class Live:
         return not any(self.rep(x) is v for op in self.body.ops[at + 1:] for x in op.inputs)
 
 
-
-
 def fixed(live: Live, known: Mapping[tuple[int, ...], Axes]) -> float:
     """Of the most that is alive, bytes that do not grow with the rows: gradients and weights, of all layers or one."""
     shapes = {*known, *(shape[1:] for shape in known)}
