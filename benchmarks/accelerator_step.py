@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import sharding
-from mllm_jax.chips import peak_of
+from mllm_jax.chips import GIB, peak_of
 from mllm_jax.config import load
 from mllm_jax.connectors.mlp import MLPConfig
 from mllm_jax.connectors.shuffle import ShuffleConfig
@@ -54,7 +54,6 @@ from mllm_jax.train.state import make_state
 from mllm_jax.types import KINDS, Batch
 
 WRONG = 2e-2                            # of the norm of the result: bfloat16 has 8 bits, and a few of them are lost on the way
-GIB = 1 << 30
 
 
 def nanovlm() -> tuple[Recipe, int, int]:

@@ -13,11 +13,11 @@ import time
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.chips import GIB
 from mllm_jax.nn.lookup import lookup
 from mllm_jax.plan.topology import not_kept, topology
 from mllm_jax.sharding import Layout, rows, sharding_of_parameter, use
 
-GIB = 1 << 30
 REST = 0.5                              # GiB beside the gradient, in the two layouts that it comes in
 
 

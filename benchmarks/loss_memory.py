@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mllm_jax.chips import GIB
 from mllm_jax.objectives import InfoNCE, NextToken, Sigmoid
 from mllm_jax.objectives.base import Objective
 from mllm_jax.plan.topology import not_kept, topology
@@ -25,7 +26,6 @@ from mllm_jax.sharding import Layout, rows, sharding_of, use
 from mllm_jax.types import Batch, Outputs
 
 HEAD, PAIRS = 0.5, 0.6                  # GiB
-GIB = 1 << 30
 
 
 def head(name: str, trained: int | None = None, tokens: int = 262_144, width: int = 2560, positions: int = 4096) -> jax.stages.Lowered:

@@ -89,6 +89,14 @@ def said(row: Row) -> str:
             f"{len(row['replicated'])} replicated, {len(row['warnings'])} warnings; {row['seconds']} s")
 
 
+def lacks(row: Row | None) -> str:
+    """Why a job has no figures, for a cell of a table; "" if it has."""
+    if row is not None and "error" not in row and row["fits"]:
+        return ""
+    why = "not compiled yet" if row is None else row.get("error") or f"does not fit: {row['refusal']}"
+    return why.replace("|", "/")
+
+
 def summary(made: Any) -> Row:
     """What a row keeps of a plan (plan/report.py)."""
     from mllm_jax.plan.report import as_json

@@ -69,9 +69,8 @@ def table(rows: Mapping[str, Row], todo: Sequence[tuple[int, str, Job]]) -> Iter
     for n, job in {key(job): (n, job) for n, _, job in todo}.values():
         mesh = " ".join(f"{k}={size}" for k, size in job["mesh"].items() if size > 1)
         row = rows.get(key(job))
-        if row is None or "error" in row or not row["fits"]:
-            why = "not compiled yet" if row is None else row.get("error") or f"does not fit: {row['refusal']}"
-            yield f"| {n:,} | {mesh} | {why.replace('|', '/')} | | | | | |"
+        if why := plans.lacks(row):
+            yield f"| {n:,} | {mesh} | {why} | | | | | |"
             continue
         sent, busy, waits = sent_along(row)
         yield (f"| {n:,} | {mesh} | {row['hbm_gib']:.1f} | {', '.join(f'{sent[a]:.1f}' for a in axes)} | {1e3 * busy:.0f} ms | "

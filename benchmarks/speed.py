@@ -67,9 +67,8 @@ def table(rows: Mapping[str, Row]) -> Iterator[str]:
     for job, program in zip(jobs(), PROGRAMS, strict=True):
         shape = f"| {job['model']} | {job['topology']} | {job['rows']} x {job['positions']:,} | {job['layout'].removeprefix('remat=')} |"
         row = rows.get(key(job))
-        if row is None or "error" in row or not row["fits"]:
-            why = "not compiled yet" if row is None else row.get("error") or f"does not fit: {row['refusal']}"
-            yield f"{shape} {why.replace('|', '/')} | | | | {program[-1]} |"
+        if why := plans.lacks(row):
+            yield f"{shape} {why} | | | | {program[-1]} |"
             continue
         waits = sum(x[-1] for x in row["sent"])
         yield (f"{shape} {row['hbm_gib']:.1f} of {row['hbm_of']:.0f} | {1e3 * row['step']:,.0f} ms | {1e3 * waits:.0f} ms | "
