@@ -18,8 +18,6 @@ from mllm_jax.config import load, override
 from mllm_jax.launch import layouts
 from mllm_jax.plan import program as programs
 from mllm_jax.plan.analytic import needs
-from mllm_jax.plan.executable import hlo_text
-from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import memory
 from mllm_jax.plan.topology import topology
 
@@ -55,7 +53,7 @@ def measured(program: programs.Program) -> dict:
     compiled = programs.compile(program)
     if compiled.refusal:
         return {"refusal": compiled.refusal[:200], "seconds": round(compiled.seconds)}
-    found = memory(compiled, Hlo(hlo_text(compiled.executable)))
+    found = memory(compiled)
     return {"total": found.total, "arguments": found.arguments, "code": found.code, "seconds": round(compiled.seconds)}
 
 

@@ -24,7 +24,6 @@ ERROR = 0.15                            # of a step's time, either way: see the 
 HBM_EFFICIENCY = 0.90                   # of the memory's rate; 0.95 where nothing but the sum of all transfers is known
 OVERHEAD = 1e-6                         # s of an operation
 SCALAR = 2e-7                           # s of one on a few numbers
-MATMUL = 0.85                           # of the peak, where the compiler expects nothing
 COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start", "async-start", "call-start")
 SPARSE_CORE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\S*call-(start|update)$")
 KINDS = {"matmul": "compute", "pallas": "compute", "vector": "compute", "memory": "HBM", "layout": "HBM", "wait dma": "HBM",
@@ -134,7 +133,7 @@ class Replay:
         if flops:
             trusted = cycles and ("COST_MODEL_TYPE_CLASSIC" in i.attrs or "COST_MODEL_TYPE_ML" in i.attrs)
             peak = chip.quantized.get(self.work.numbers(name, i), chip.peak)
-            return max(cycles / chip.clock, memory) if trusted else max(flops / peak / MATMUL, roof), flops, "matmul", moved
+            return max(cycles / chip.clock, memory) if trusted else max(flops / peak / chip.products, roof), flops, "matmul", moved
         self.doubted = max(0.0, cycles / chip.clock - roof)
         kind = "layout" if i.op in ("copy", "transpose", "reshape") else "vector" if alu > memory else "memory"
         return roof, 0.0, kind, moved

@@ -1,4 +1,4 @@
-"""The optimised HLO of an executable, also where `as_text` fails.
+"""What a compiler tells of a program: the sizes of its buffers, and the optimised HLO, also where `as_text` fails.
 
 jaxlib 0.10.2 does not read an `async-update` with several operands, which libtpu 0.0.51 writes where collectives run on
 the sparse core.  The module is inside the serialised executable: it is found there, all operands but the first are left
@@ -6,16 +6,50 @@ out of those instructions, and it is printed.  Fields of the messages by number:
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
 from jaxlib import _hlo
 
+from mllm_jax.types import record
+
 RIEGELI = bytes.fromhex("83af70d10d884a3f")         # of a file's first block; every 64 KiB one of these headers follows
 BLOCK, HEADER = 1 << 16, 24
+HOST = "5"                              # the color of buffers in the memory of the host
 COMPUTATIONS, INSTRUCTIONS, OPCODE, OPERANDS = 3, 2, 2, 36
 
 Field = tuple[int, int, int | tuple[int, int] | None, int, int]     # number, wire type, value or its place, start, end
+
+
+@record
+class Sizes:
+    """Bytes of a chip, as the compiler's buffers take them: with the padding of tiles."""
+
+    arguments: int
+    temporaries: int
+    outputs: int                        # also those in the place of an argument
+    shared: int                         # of the outputs, those
+    code: int = 0
+    host: int = 0                       # in the memory of the host
+
+    @classmethod
+    def of(cls, executable: jax.stages.Compiled) -> "Sizes":
+        s = executable.memory_analysis()
+        host = s.host_argument_size_in_bytes + s.host_temp_size_in_bytes + s.host_output_size_in_bytes - s.host_alias_size_in_bytes
+        return cls(arguments=s.argument_size_in_bytes, temporaries=s.temp_size_in_bytes, outputs=s.output_size_in_bytes,
+                   shared=s.alias_size_in_bytes, code=s.generated_code_size_in_bytes, host=host)
+
+    @classmethod
+    def of_dump(cls, text: str) -> "Sizes":
+        """Of the buffer assignment that XLA dumps."""
+        total: Counter[str] = Counter()
+        for size, color, rest in re.findall(r"^allocation \d+: size (\d+),(?: color (\d+),)?([^\n]*)", text, re.M):
+            if color in ("", "0", HOST):
+                given, taken = " parameter " in rest, "maybe-live-out" in rest
+                kinds = ["arguments"] * given + ["outputs"] * taken + ["shared"] * (given and taken) + ["temporaries"] * ("preallocated-temp" in rest)
+                total.update({"host" if color == HOST else kind: int(size) for kind in kinds})
+        return cls(**{k: total[k] for k in ("arguments", "temporaries", "outputs", "shared", "host")})
 
 
 def hlo_text(executable: jax.stages.Compiled) -> str:

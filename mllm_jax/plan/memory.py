@@ -51,21 +51,18 @@ def shard_bytes(tree: object) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jax.numpy.dtype(x.dtype).itemsize if x.ndim else 4 for x in jax.tree.leaves(tree))
 
 
-def memory(compiled: Compiled, hlo: Hlo) -> Memory:
+def memory(compiled: Compiled) -> Memory:
     """Of a program that fits."""
-    program, stats = compiled.program, compiled.executable.memory_analysis()
+    program, sizes = compiled.program, compiled.sizes
     state = program.state
     parameters, optimizer = shard_bytes((state.params, state.frozen)), shard_bytes((state.opt_state, state.ema, state.step))
-    batch = stats.argument_size_in_bytes - parameters - optimizer        # as the compiler keeps it, with the padding of tiles
-    found = classed(alive(hlo), program)
+    batch = sizes.arguments - parameters - optimizer        # as the compiler keeps it, with the padding of tiles
+    found = classed(alive(compiled.hlo), program)
     known = sum(found.values())
-    scale = min(1.0, stats.temp_size_in_bytes / known) if known else 0.0
+    scale = min(1.0, sizes.temporaries / known) if known else 0.0
     gradients, activations = (round(scale * found[k]) for k in ("gradients", "activations"))
-    host = (stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes + stats.host_output_size_in_bytes
-            - stats.host_alias_size_in_bytes)
     return Memory(parameters=parameters, optimizer=optimizer, batch=max(0, batch), gradients=gradients, activations=activations,
-                  temporaries=stats.temp_size_in_bytes - gradients - activations, code=stats.generated_code_size_in_bytes, host=host,
-                  outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes)
+                  temporaries=sizes.temporaries - gradients - activations, code=sizes.code, host=sizes.host, outputs=sizes.outputs - sizes.shared)
 
 
 def classed(live: Iterable[tuple[int, Instruction]], program: Program) -> Counter:

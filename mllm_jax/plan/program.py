@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mllm_jax import sharding
 from mllm_jax.data.batch import blank_batch
 from mllm_jax.data.pack import RowSpec, row_spec
+from mllm_jax.plan.executable import Sizes, hlo_text
+from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.topology import not_kept
 from mllm_jax.recipe import Recipe, Stage
 from mllm_jax.sharding import Layout
@@ -51,9 +53,15 @@ class Compiled:
     """An executable, or what the compiler had to say instead."""
 
     program: Program
-    executable: jax.stages.Compiled | None
-    refusal: str                        # "" if there is an executable; otherwise that it does not fit, in the compiler's words
+    executable: jax.stages.Compiled | None      # None too where machine code was not waited for (plan/passes.py)
+    text: str                           # of the optimised module, in the order in which it runs
+    sizes: Sizes | None
+    refusal: str                        # "" if it fits; otherwise that it does not, in the compiler's words
     seconds: float
+
+    @functools.cached_property
+    def hlo(self) -> Hlo:
+        return Hlo(self.text)
 
 
 def lower(recipe: Recipe, name: str, layout: Layout, devices: list[jax.Device]) -> Program:
@@ -93,7 +101,15 @@ def compile(program: Program) -> Compiled:
         with not_kept():
             executable = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        refusal = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" not in refusal:
-            raise
-    return Compiled(program=program, executable=executable, refusal=refusal, seconds=time.monotonic() - began)
+        refusal = refused(error)
+    seconds = time.monotonic() - began
+    text, sizes = (hlo_text(executable), Sizes.of(executable)) if executable else ("", None)
+    return Compiled(program=program, executable=executable, text=text, sizes=sizes, refusal=refusal, seconds=seconds)
+
+
+def refused(error: BaseException) -> str:
+    """What the compiler said, if it is that there is too little memory; else it is raised."""
+    said = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" not in said:
+        raise error
+    return said

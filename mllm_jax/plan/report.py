@@ -17,8 +17,6 @@ from mllm_jax.objectives.cross_entropy import chunk_size
 from mllm_jax.plan import program as programs
 from mllm_jax.plan.audit import Replicated, replicated
 from mllm_jax.plan.estimate import Estimate, Replay
-from mllm_jax.plan.executable import hlo_text
-from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.input import images_of_row, images_per_second
 from mllm_jax.plan.memory import Memory, memory, shard_bytes
 from mllm_jax.plan.network import Network
@@ -121,9 +119,11 @@ def plan(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: Lay
     return plan_of(name, stage, on, programs.lower(recipe, stage, layout, list(on.devices)), options)
 
 
-def plan_of(name: str, stage: str, on: Topology, program: programs.Program, options: Options = Options()) -> Plan:
-    """The same of a step that is traced already."""
-    compiled = programs.compile(program)
+def plan_of(
+    name: str, stage: str, on: Topology, program: programs.Program, options: Options = Options(), compiled: programs.Compiled | None = None,
+) -> Plan:
+    """The same of a step that is traced already, and perhaps compiled."""
+    compiled = compiled or programs.compile(program)
     sizes = {k: math.prod(v.shape) for k, v in program.blueprint.shapes.items()}
     towers, data = program.model.inputs, program.stage.data
     counts = full_counts(data.batch_size, program.spec, towers)
@@ -131,9 +131,8 @@ def plan_of(name: str, stage: str, on: Topology, program: programs.Program, opti
     estimate = found = None
     repeats = replicated(program, None, None)
     if not compiled.refusal:
-        hlo = Hlo(hlo_text(compiled.executable))
-        network = network_of(program, on)
-        estimate, found = Replay(hlo, on.chip, network, turns_of(program, options.supervised)).out, memory(compiled, hlo)
+        hlo, network = compiled.hlo, network_of(program, on)
+        estimate, found = Replay(hlo, on.chip, network, turns_of(program, options.supervised)).out, memory(compiled)
         repeats = replicated(program, hlo, network)
     images = images_of_row(program.spec, towers)
     measured = images_per_second(towers, options.measure) if options.host_images is None and options.measure and images else None

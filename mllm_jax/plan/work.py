@@ -23,6 +23,7 @@ class Work:
         self.hlo = hlo
         self._flops: dict[str, float] = {}
         self._traffic: dict[tuple[str, str], tuple[float, float, float]] = {}
+        self._by: dict[str, dict[str, list[tuple[Instruction, int]]]] = {}
 
     def flops(self, computation: str, i: Instruction) -> float:
         """Floating point operations of a dot or a convolution, or of those inside a fusion or a call; loops are not entered."""
@@ -95,41 +96,22 @@ class Work:
 
     def _fused(self, name: str, aliased: set[str]) -> tuple[float, float, float]:
         body, total = self.hlo.body(name), {HBM: 0.0, HOST: 0.0}
-        users = defaultdict(list)
-        for i in body:
-            for k, operand in enumerate(i.operands):
-                users[operand].append((i, k))
 
         def add(a: Array, part: float = 1.0) -> None:
             if a.space in total:
                 total[a.space] += a.bytes * part
 
-        def read(i: Instruction) -> float:
-            """Elements of a parameter that are read; infinitely many stand for all."""
-            elements, todo = 0.0, list(users[i.name])
-            while todo:
-                user, k = todo.pop()
-                if user.op in ("bitcast", "reshape"):
-                    todo += users[user.name]
-                elif user.op in ("dynamic-slice", "slice", "gather") and k == 0:
-                    elements += sum(a.elems for a in user.arrays)
-                elif user.op == "dynamic-update-slice" and k == 0:
-                    continue
-                elif user.collective or user.op in ("tuple", "get-tuple-element") or "AsyncCollective" in user.attrs:
-                    continue
-                else:
-                    return math.inf
-            return elements
-
-        def write(i: Instruction | None, depth: int = 0) -> None:
+        def write(name: str, i: Instruction | None, depth: int = 0) -> None:
             if i is None or depth > 6 or i.op == "parameter" or "AsyncCollective" in i.attrs:
                 return
             if i.op == "tuple":
                 for k, operand in enumerate(i.operands):
                     if str(k) not in aliased:
-                        write(self.hlo.get(name, operand), depth + 1)
-            elif i.op in ("bitcast", "reshape") and (j := self.hlo.get(name, i.operands[0])) and j.op == "dynamic-update-slice":
-                write(j, depth + 1)
+                        write(name, self.hlo.get(name, operand), depth + 1)
+            elif i.op in ("bitcast", "reshape") and (j := self.hlo.get(name, i.operands[0])) and j.op in ("dynamic-update-slice", "fusion"):
+                write(name, j, depth + 1)
+            elif i.op == "fusion" and not i.shape.startswith("("):
+                write(i.calls, next((j for j in self.hlo.body(i.calls) if j.root), None), depth + 1)
             elif i.op == "dynamic-update-slice" and (update := self.hlo.get(name, i.operands[1])):
                 for a, b in zip(i.arrays, update.arrays):
                     add(Array(a.dtype, b.dims, a.space, b.bytes, b.elems))
@@ -140,7 +122,7 @@ class Work:
         vector = 0.0
         for i in body:
             if i.op == "parameter":
-                elements = read(i)
+                elements = self._read(name, i.name)
                 for a in i.arrays:
                     add(a, min(1.0, elements / max(a.elems, 1)))
             elif i.op in ("reduce", "reduce-window"):
@@ -150,8 +132,41 @@ class Work:
                 vector += self.fused(i.calls)[2]
             elif i.op not in MOVES and i.op not in COLLECTIVES and i.arrays:
                 vector += SLOW.get(i.op, 1) * i.arrays[0].elems
-        write(next((i for i in body if i.root), None))
+        write(name, next((i for i in body if i.root), None))
         return total[HBM], total[HOST], vector
+
+    def _read(self, name: str, parameter: str) -> float:
+        """Elements of a parameter of a fused computation that are read; infinitely many stand for all.
+
+        A layer's part of what all layers keep is often taken in a fusion inside the one of the product that reads it.
+        """
+        users = self._users(name)
+        elements, todo = 0.0, list(users[parameter])
+        while todo:
+            user, k = todo.pop()
+            if user.op in ("bitcast", "reshape"):
+                todo += users[user.name]
+            elif user.op in ("dynamic-slice", "slice", "gather") and k == 0:
+                elements += sum(a.elems for a in user.arrays)
+            elif user.op == "dynamic-update-slice" and k == 0:
+                continue
+            elif user.collective or user.op in ("tuple", "get-tuple-element") or "AsyncCollective" in user.attrs:
+                continue
+            elif user.op == "fusion":
+                inner = next(i for i in self.hlo.body(user.calls) if i.op == "parameter" and i.inside == str(k))
+                elements += self._read(user.calls, inner.name)
+            else:
+                return math.inf
+        return elements
+
+    def _users(self, name: str) -> dict[str, list[tuple[Instruction, int]]]:
+        """Of each value of a computation, who reads it, and as which operand."""
+        if name not in self._by:
+            users = self._by[name] = defaultdict(list)
+            for i in self.hlo.body(name):
+                for k, operand in enumerate(i.operands):
+                    users[operand].append((i, k))
+        return self._by[name]
 
 
 def program_flops(hlo: Hlo, turns: int = 1) -> float:

@@ -28,9 +28,7 @@ def one_slice(tpu, llava):
 
 
 def _compiled(recipe, on, layout):
-    from mllm_jax.plan.executable import hlo_text
-    from mllm_jax.plan.hlo import Hlo
     from mllm_jax.plan.program import compile, lower
 
     compiled = compile(lower(recipe, "instruct", layouts.find(layout, "tpu"), list(on.devices)))
-    return compiled, Hlo(hlo_text(compiled.executable)), on
+    return compiled, compiled.hlo, on

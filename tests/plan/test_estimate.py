@@ -3,11 +3,11 @@
 import pytest
 
 from mllm_jax.chips import CHIPS
-from mllm_jax.plan import estimate
 from mllm_jax.plan.estimate import HBM_EFFICIENCY, OVERHEAD, Replay
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import alive
 from mllm_jax.plan.network import EFFICIENCY, HOP, Network
+from mllm_jax.plan.work import Work
 
 V5E = CHIPS["v5e"]
 NET = Network(V5E, [(x, 0, 0, 0) for x in range(4)], {"fsdp": 4})
@@ -44,13 +44,47 @@ def test_a_product_of_which_nothing_is_expected_takes_a_part_of_the_peak_of_its_
     ends = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     out = Replay(Hlo(f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {big[:-5]}) -> {wide[:-5]} {{\n  %x = {big} parameter(0)\n"
                      f"  ROOT %y = {wide} dot(%x, %x), {ends}\n}}\n"), V5E, NET).out
-    assert (out.seconds, out.flops) == (pytest.approx(2 * 4096**3 / rate / estimate.MATMUL), 2 * 4096**3)
+    assert (out.seconds, out.flops) == (pytest.approx(2 * 4096**3 / rate / V5E.products), 2 * 4096**3)
 
 
 def test_what_is_no_product_takes_its_bytes():
     out = replay(f"  ROOT %y = {BIG} add(%x, %x)\n")
     assert out.seconds == pytest.approx(3 * SIZE / (V5E.hbm_rate * HBM_EFFICIENCY) + OVERHEAD)
     assert list(out.by_unit()) == ["HBM"]
+
+
+def test_a_layer_of_what_all_keep_is_what_a_fusion_reads_and_writes_also_through_one_inside_it():
+    """XLA nests the slice of a stack in the product that reads it: not the stack of eight layers is moved, but one."""
+    stack, one = "f32[8,256,256]{2,1,0}", "f32[1,256,256]{2,1,0}"
+    take = f"""%take (s: {stack[:-7]}, k: s32[]) -> {one[:-7]} {{
+  %s = {stack} parameter(0)
+  %k = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = {one} dynamic-slice(%s, %k, %z, %z), dynamic_slice_sizes={{1,256,256}}
+}}
+"""
+    put = f"""%put (s: {stack[:-7]}, x: {one[:-7]}, k: s32[]) -> {stack[:-7]} {{
+  %s = {stack} parameter(0)
+  %x = {one} parameter(1)
+  %k = s32[] parameter(2)
+  %z = s32[] constant(0)
+  ROOT %u = {stack} dynamic-update-slice(%s, %x, %k, %z, %z)
+}}
+"""
+    outer = f"""%outer (s: {stack[:-7]}, t: {stack[:-7]}, k: s32[]) -> {stack[:-7]} {{
+  %s = {stack} parameter(0)
+  %t = {stack} parameter(1)
+  %k = s32[] parameter(2)
+  %layer = {one} fusion(%s, %k), kind=kLoop, calls=%take
+  %twice = {one} add(%layer, %layer)
+  ROOT %out = {stack} fusion(%t, %twice, %k), kind=kLoop, calls=%put
+}}
+"""
+    main = f"ENTRY %main (x: {stack[:-7]}) -> {stack[:-7]} {{\n  %x = {stack} parameter(0)\n  %k = s32[] constant(3)\n"
+    call = f"  ROOT %y = {stack} fusion(%x, %x, %k), kind=kLoop, calls=%outer\n}}\n"
+    hlo = Hlo("\n".join(["HloModule m, is_scheduled=true\n", take, put, outer, main + call]))
+    # The layer that is read, the one that is written, and the word that says which.
+    assert Work(hlo).fused("outer")[0] == pytest.approx(2 * 256 * 256 * 4, abs=8)
 
 
 def test_a_gather_costs_what_the_products_beside_it_leave():

@@ -12,7 +12,6 @@ from mllm_jax.config import load, override
 from mllm_jax.launch import layouts
 from mllm_jax.plan import program as programs
 from mllm_jax.plan.audit import of_activations
-from mllm_jax.plan.executable import hlo_text
 from mllm_jax.plan.hlo import Hlo
 from mllm_jax.plan.memory import alive, memory, shard_bytes
 from mllm_jax.plan.page import page
@@ -21,7 +20,7 @@ from mllm_jax.plan.report import Options, as_json, network_of, plan, text
 
 def test_memory_by_kind_is_what_the_compiler_counts(one_slice):
     compiled, hlo, on = one_slice
-    stats, found = compiled.executable.memory_analysis(), memory(compiled, hlo)
+    stats, found = compiled.executable.memory_analysis(), memory(compiled)
     assert found.parameters + found.optimizer + found.batch == stats.argument_size_in_bytes
     assert found.gradients + found.activations + found.temporaries == stats.temp_size_in_bytes
     assert found.optimizer == pytest.approx(2 * shard_bytes(compiled.program.state.params), rel=0.01)        # Adam has two moments
@@ -75,7 +74,8 @@ def test_what_does_not_fit_is_said_with_what_to_try(tpu, llava, monkeypatch):
     """In the compiler's words of today; a program that is too large takes minutes to be refused."""
     refusal = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
                "(25.55G) exceeds available HBM (15.75G). HLO module: jit_step.")
-    monkeypatch.setattr(programs, "compile", lambda p: programs.Compiled(program=p, executable=None, refusal=refusal, seconds=1.0))
+    answer = {"executable": None, "text": "", "sizes": None, "refusal": refusal, "seconds": 1.0}
+    monkeypatch.setattr(programs, "compile", lambda p: programs.Compiled(program=p, **answer))
     made = plan("projector/llava_15", llava, "instruct", tpu("v5e:2x2"), layouts.find("auto", "tpu"), Options(measure=0))
     assert not made.fits
     said = "\n".join(text(made))
@@ -106,6 +106,6 @@ def test_no_activation_of_a_step_is_replicated(name, one_slice, tpu):
         stage, on = list(recipe.stages)[-1], tpu("v5e:2x2")
         recipe = override(recipe, f"stages.{stage}.data.batch_size=28")
         compiled = programs.compile(programs.lower(recipe, stage, layouts.find("auto:mesh.fsdp=2,mesh.tensor=2", "tpu"), list(on.devices)))
-        hlo = Hlo(hlo_text(compiled.executable))
+        hlo = compiled.hlo
     found = of_activations(compiled.program, hlo, network_of(compiled.program, on), large=1 << 14)
     assert not found, found
