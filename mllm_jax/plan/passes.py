@@ -83,11 +83,8 @@ def _read(folder: Path) -> str:
 
 def main() -> None:
     """Answers one `quick`, and ends with the compiler under way."""
-    from mllm_jax.launch import runtime
-
     asked, answers = sys.stdin.buffer.read(), os.dup(1)
     os.dup2(2, 1)                       # nothing else is printed among the answer
-    runtime.start("cpu", cache=False)
     name, recipe, stage, where, layout, options = pickle.loads(asked)
     try:
         on = topology(*where)
