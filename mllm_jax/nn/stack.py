@@ -33,15 +33,18 @@ def run(blocks: nnx.List, step: Step, x: Any, *, depth: int) -> tuple[Any, list]
     cycle what its layers gave out, stacked.
     """
     layout, c = current(), len(blocks)
+    whole, inside = depth // c, step
     if (policy := remat.policy(layout.remat)) is not None:
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False, static_argnums=(3,))
-    whole = depth // c
+        # In straight code the compiler finds what is computed again equal to what was, and keeps that; and of several layers in a turn
+        # it computes everything again at the beginning, for nothing that is given waits for the gradients.
+        kept = lambda apart: jax.checkpoint(step, policy=policy, prevent_cse=apart, static_argnums=(3,))
+        inside, step = kept(c * layout.unroll > 1 or whole == 1), kept(True)
 
     def cycle(x: Any, i_layers: tuple[jax.Array, list[nnx.Module]]) -> tuple[Any, list]:
         i, layers = i_layers
         outs = []
         for j, layer in enumerate(layers):
-            x, out = step(x, layer, i * c + j, j)
+            x, out = inside(x, layer, i * c + j, j)
             outs.append(out)
         return x, outs
 
