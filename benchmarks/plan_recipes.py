@@ -1,12 +1,13 @@
 """Every recipe in full size on chips of every kind: does its heaviest stage fit, how fast is it, and what bounds it?
 
     python benchmarks/plan_recipes.py                       what docs/plans.jsonl has not yet, small recipes first; then docs/plans.md
+    python benchmarks/plan_recipes.py --whole               the same layouts with machine code, where there is none yet
     python benchmarks/plan_recipes.py --recipes projector/llava_15 --topologies v5e:8x8 2*v5e:8x8 --out plans.jsonl --page plans.md
     python benchmarks/plan_recipes.py --print               only the tables
 
 The step that `train` runs is compiled for the topology (mllm_jax/plan).  The batch is the recipe's, or where that does not divide
-over the chips, even with rows split in pieces of 512 positions, the next larger one that does.  A pair takes one to ten minutes,
-so they are kept as they are made (plans.py), and those that are missing are said to be missing.
+over the chips, even with rows split in pieces of 512 positions, the next larger one that does.  A pair takes half a minute, with
+machine code one to ten minutes, so they are kept as they are made (plans.py), and those that are missing are said to be missing.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ def one(job: Job) -> Row:
     from mllm_jax.config import load, override
     from mllm_jax.plan.topology import topology
 
+    if found := job.get("found"):
+        return whole(job, found)
     on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"])
     recipe = recipe.tiny() if job.get("tiny") else recipe
     stage = heaviest(recipe)
@@ -53,17 +57,33 @@ def one(job: Job) -> Row:
     return plans.summary(made) | {"paper_rows": paper}
 
 
+def whole(job: Job, row: Row) -> Row:
+    """The same with machine code, under the layout that was found."""
+    from mllm_jax.config import load, override
+    from mllm_jax.launch import layouts
+    from mllm_jax.plan.report import Options, plan
+    from mllm_jax.plan.topology import topology
+
+    stage, base = row["stage"], layouts.find("auto", "tpu")
+    on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"])
+    recipe = override(recipe.tiny() if job.get("tiny") else recipe, f"stages.{stage}.data.batch_size={row['rows']}")
+    layout = replace(base, mesh=row["mesh"] | {"data": row["mesh"]["data"] // on.slices}, slices=on.slices, remat=row["remat"],
+                     microbatches=row["microbatches"])
+    return plans.summary(plan(job["recipe"], recipe, stage, on, layout, Options(measure=0))) | {"paper_rows": row["paper_rows"]}
+
+
 def attempts(name: str, recipe: Any, stage: str, on: Any, words: Sequence[str]) -> Iterator[Any]:
     """Plans, one after another: of what `plan --search` finds best, and then of these layouts, which are small in other ways."""
     from mllm_jax.launch import layouts
-    from mllm_jax.plan.report import Options, plan
+    from mllm_jax.plan.passes import quick
+    from mllm_jax.plan.report import Options
     from mllm_jax.plan.search import Wanted, search
 
     options = Options(measure=0)
     if "context" not in words[0]:               # a search splits no rows along their positions
-        yield from (c.plan for c in search(name, recipe, stage, on, layouts.find("auto", "tpu"), options, Wanted(most=1)) if c.plan)
+        yield search(name, recipe, stage, on, layouts.find("auto", "tpu"), options, Wanted(most=3, jobs=1))[0].plan
     for each in words:
-        yield plan(name, recipe, stage, on, layouts.find(each, "tpu"), options)
+        yield quick(name, recipe, stage, on, layouts.find(each, "tpu"), options)
 
 
 def heaviest(recipe: Any) -> str:
@@ -128,8 +148,9 @@ def tables(rows: Mapping[str, Row], recipes: Sequence[str], topologies: Sequence
     found = {(r, t): rows.get(key(job_of(r, t, tiny))) for r in recipes for t in topologies}
     there = [row for row in found.values() if row]
     fit = [row for row in there if row.get("fits")]
+    coded = sum(bool(row.get("machine_code")) for row in fit)
     versions = sorted({f"jax {row['jax']}, libtpu {row['libtpu']}" for row in there}) or ["nothing compiled"]
-    yield (f"{len(there)} of {len(found)} pairs were compiled ({'; '.join(versions)}), {len(fit)} of them fit. "
+    yield (f"{len(there)} of {len(found)} pairs were compiled ({'; '.join(versions)}), {coded} of them to machine code; {len(fit)} fit. "
            "A cell is estimated MFU, and memory of a chip in GiB; – is not compiled yet.")
     yield ""
     yield f"| recipe, stage | {' | '.join(t.replace('*', ' x ') for t in topologies)} |"
@@ -161,7 +182,7 @@ def _details(row: Row) -> tuple[str, ...]:
     rows = f"{row['rows']:,}{paper} x {row['seq_len']:,}"
     mesh = " ".join(f"{k}={n}" for k, n in row["mesh"].items() if n > 1) or "one chip"
     layout = ", ".join([mesh, f"remat {row['remat']}"] + ([f"{row['microbatches']} parts"] if row["microbatches"] > 1 else []))
-    took = f"{row['compile_seconds']} s"
+    took = f"{row['compile_seconds']} s{'' if row.get('machine_code') else ', no machine code'}"
     if not row["fits"]:
         return rows, layout, "", "", "", row["refusal"].replace("|", "/"), took
     second = row["units"].get(row["bound"])
@@ -190,6 +211,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", metavar="NAME", help="chapter/system, with knobs after a colon; all by default")
     parser.add_argument("--topologies", nargs="*", default=TOPOLOGIES, metavar="NAME", help="v5e:8x8, or 2*v5e:8x8 for two slices")
     parser.add_argument("--tiny", action="store_true", help="the small versions")
+    parser.add_argument("--whole", action="store_true", help="machine code for the plans that have none")
     plans.add_arguments(parser, FILE, PAGE)
     args = parser.parse_args()
     sizes = {name: load(name).params or 0 for name in args.recipes or recipe_names()}
@@ -199,7 +221,10 @@ def main() -> None:
         print("\n".join(made()))
     else:
         todo = [job_of(r, t, args.tiny) for t in args.topologies for r in recipes]
-        plans.make(Path(__file__), todo, args.out, args.jobs, 60 * args.limit, args.again)
+        rows = plans.read(args.out) if args.whole else {}
+        anew = {k: {"found": row} for k, row in rows.items() if row.get("fits") and not row.get("machine_code")}
+        todo = [job for job in todo if not args.whole or key(job) in anew]
+        plans.make(Path(__file__), todo, args.out, args.jobs, 60 * args.limit, args.again, anew)
         plans.put(args.page, made())
 
 

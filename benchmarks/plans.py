@@ -41,27 +41,32 @@ def read(file: Path) -> dict[str, Row]:
     return out
 
 
-def make(script: Path, todo: Sequence[Job], file: Path, jobs: int = 1, limit: float = 3600, again: bool = False) -> None:
-    """Adds the rows of those jobs that the file has not; with `again` also of those that failed."""
+def make(script: Path, todo: Sequence[Job], file: Path, jobs: int = 1, limit: float = 3600, again: bool = False,
+         anew: Mapping[str, Job] = {}) -> None:
+    """Adds the rows of those jobs that the file has not; with `again` also of those that failed.
+
+    Jobs whose keys are in `anew` are done again, by a process that is told this too.
+    """
     done, lock = read(file), Lock()
 
     def one(job: Job) -> None:
-        row = _process(script, job, limit)
+        row = _process(script, job, limit, anew.get(key(job), {}))
         with lock, file.open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, job.values()))}: {said(row)}", file=sys.stderr, flush=True)
 
-    missing = {k: job for job in todo if (k := key(job)) not in done or again and "error" in done[k]}
+    missing = {k: job for job in todo if (k := key(job)) not in done or k in anew or again and "error" in done[k]}
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, missing.values()))
 
 
-def _process(script: Path, job: Job, limit: float) -> Row:
+def _process(script: Path, job: Job, limit: float, told: Job) -> Row:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}       # XLA's warnings are told
+    command = [sys.executable, str(script), ALONE, json.dumps({**job, **told})]
     row: Row = {"job": dict(job), "jax": importlib.metadata.version("jax"), "libtpu": importlib.metadata.version("libtpu"), "commit": _commit()}
     began = time.monotonic()
     try:
-        ended = subprocess.run([sys.executable, str(script), ALONE, json.dumps(job)], env=env, capture_output=True, text=True, timeout=limit)
+        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return row | {"error": f"not compiled in {limit / 60:.0f} minutes"}
     row["seconds"] = round(time.monotonic() - began)
@@ -105,7 +110,7 @@ def summary(made: Any) -> Row:
     full = as_json(made)
     same = ("stage", "chips", "mesh", "remat", "microbatches", "rows", "seq_len", "parameters", "fits")
     out = {k: full[k] for k in same} | {
-        "hbm_of": full["hbm"] / 2**30, "compile_seconds": round(made.compile_seconds),
+        "hbm_of": full["hbm"] / 2**30, "compile_seconds": round(made.compile_seconds), "machine_code": made.whole,
         "replicated": [f"{r.what} {r.shape} along {'+'.join(r.axes)}: {r.name[-90:]}" for r in made.replicated]}
     if not made.fits:
         return out | {"refusal": refused(made.refusal)}

@@ -11,15 +11,17 @@ HELP = """Say whether a recipe fits on TPUs, how fast it is there and what that 
 
 The real training step is compiled for the topology, on this machine, with no TPU: memory, operations and bytes on
 the wires are the compiler's, the time of a step is estimated from its schedule and right to some 15 %. Compiling
-takes a minute or two for a model of billions of parameters. Needs libtpu: pip install "mllm_jax[plan]".
+takes a minute or two for a model of billions of parameters; with --quick, which needs no machine code, some ten seconds:
+memory and wires are the same, the time of products is that of others like them. Needs libtpu: pip install "mllm_jax[plan]".
 
 With --search it finds the mesh, what layers keep for the backward pass, and the microbatches with which a step is fastest
-among those that fit; --out writes them to a file that `train --layout` reads.
+among those that fit, by such quick plans; --out writes them to a file that `train --layout` reads.
 
 examples:
   mllm-jax plan projector/llava_15 --topology v5e:16x16 stages.instruct.data.batch_size=256
   mllm-jax plan projector/llava_15 --topology v5p:4x4x4 --stage align --layout v5p-64 --price 4.20
   mllm-jax plan projector/llava_15 --topology v5e:16x16 --slices 2 stages.instruct.data.batch_size=512
+  mllm-jax plan projector/gemma3 --topology v5e:4x4 --quick
   mllm-jax plan first/digits --tiny --topology v5e:2x2 --html plan.html
   mllm-jax plan projector/gemma3 --topology v5e:4x4 --search --out gemma3.json
   mllm-jax plan projector/gemma3 --topology v5e:4x4 --search --rows 2048,4096 --budget 600
@@ -34,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="NAME", help="which stage (default: the last one)")
     parser.add_argument("--layout", default="auto", metavar="NAME",
                         help="a name (v5e-256), changes (v5e-256:microbatches=2), a file of --search, or auto: all chips shard (default)")
+    parser.add_argument("--quick", action="store_true", help="without machine code: ten seconds instead of a minute or two")
     parser.add_argument("--search", action="store_true", help="find the layout; what --layout says beside mesh, remat and microbatches stays")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="with --search: writes the best layout there, for train --layout")
     parser.add_argument("--rows", metavar="A,B", help="with --search: lengths that packed rows may have (default: the recipe's)")
     parser.add_argument("--budget", type=float, default=180, metavar="SECONDS",
-                        help="with --search: no program is compiled that would not be done by then, but the first (default: 180)")
+                        help="with --search: no program is looked at that would not be done by then, but the first (default: 180)")
     parser.add_argument("--tiny", action="store_true", help="the small version of the recipe")
     parser.add_argument("--price", type=float, metavar="X", help="of one chip for an hour; the plan then says what a million examples cost")
     parser.add_argument("--host-images-per-second", type=float, metavar="X", help="what a host's input gives (default: measured here)")
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mllm_jax.config import ConfigError
     from mllm_jax.plan.page import page
+    from mllm_jax.plan.passes import quick
     from mllm_jax.plan.report import Options, as_json, plan, text
     from mllm_jax.plan.topology import topology
 
@@ -64,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--{odd[0]} is for a search; give --search too")
     on, layout = topology(args.topology, args.slices), common.find_layout(name, "tpu")
     options = Options(price=args.price, host_images=args.host_images_per_second, supervised=args.supervised, measure=float(not args.search))
-    made = _searched(args, recipe, on, layout, options) if args.search else plan(args.recipe, recipe, args.stage, on, layout, options)
+    one = quick if args.quick else plan
+    made = _searched(args, recipe, on, layout, options) if args.search else one(args.recipe, recipe, args.stage, on, layout, options)
     if made is None:
         return 1
     print("\n".join(text(made)))

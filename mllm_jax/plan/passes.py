@@ -38,11 +38,12 @@ def quick(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: La
       RuntimeError: the compiler gave up, for another reason than memory.
     """
     asked = pickle.dumps((name, recipe, recipe.stage_name(stage), (on.name, on.slices), layout, options))
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    env = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-m", "mllm_jax.plan.passes"], input=asked, capture_output=True, env=env)
+    said = done.stderr.decode(errors="replace")
     if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-8:]
-        raise RuntimeError("\n".join([f"the compiler ended with code {done.returncode}:", *last]))
+        raise RuntimeError("\n".join([f"the compiler ended with code {done.returncode}:", *said.strip().splitlines()[-8:]]))
+    print(said, end="", file=sys.stderr)
     answer = pickle.loads(done.stdout)
     if isinstance(answer, str):
         raise ConfigError(answer)

@@ -54,6 +54,7 @@ class Plan:
     trained: int
     state_bytes: int                    # of parameters and optimizer, on a chip
     compile_seconds: float
+    whole: bool                         # machine code was made too; without it the time of products is less sure (plan/passes.py)
     refusal: str                        # why it does not fit; "" if it does
     memory: Memory | None
     estimate: Estimate | None
@@ -139,7 +140,8 @@ def plan_of(
     return Plan(
         recipe=name, stage=stage, on=on, layout=program.layout, mesh=dict(program.mesh.shape), rows=data.batch_size, seq_len=data.seq_len,
         packed=data.pack, parameters=sum(sizes.values()), trained=sum(sizes[k] for k in program.trained),
-        state_bytes=shard_bytes(program.state), compile_seconds=compiled.seconds, refusal=compiled.refusal, memory=found,
+        state_bytes=shard_bytes(program.state), compile_seconds=compiled.seconds, whole=compiled.executable is not None,
+        refusal=compiled.refusal, memory=found,
         estimate=estimate, model_flops=step_flops(program.model, program.trained, counts), images=images, core_images=measured,
         options=options, replicated=tuple(repeats))
 
@@ -175,7 +177,8 @@ def text(p: Plan) -> Iterator[str]:
         yield "  try more microbatches, remat=full, fewer rows or shorter ones, a larger fsdp axis, or more chips"
         return
     m, e = p.memory, p.estimate
-    yield f"It fits: {size(m.total)} of {size(p.on.chip.hbm)} of each chip (compiled in {duration(p.compile_seconds)})"
+    how = "compiled" if p.whole else "without machine code"
+    yield f"It fits: {size(m.total)} of {size(p.on.chip.hbm)} of each chip ({how} in {duration(p.compile_seconds)})"
     yield "  " + ", ".join(f"{k} {size(v)}" for k, v in m.by_kind().items() if v >= SMALL) + (f"; on the host {size(m.host)}" if m.host else "")
     yield ""
     rates = "".join(f", {p.rows * n / p.step_seconds:,.0f} {k}s/s" if n else "" for k, n in p.images.items())
@@ -249,7 +252,7 @@ def as_json(p: Plan) -> dict[str, Any]:
         "mesh": dict(p.mesh), "dtype": p.layout.dtype, "quantize": p.layout.quantize, "remat": p.layout.remat, "microbatches": p.layout.microbatches,
         "flags": list(sets(p.layout.flags, p.on.devices[0])),
         "rows": p.rows, "seq_len": p.seq_len, "parameters": p.parameters, "trained_parameters": p.trained, "fits": p.fits,
-        "hbm": p.on.chip.hbm, "state_bytes": p.state_bytes, "compile_seconds": round(p.compile_seconds, 2),
+        "hbm": p.on.chip.hbm, "state_bytes": p.state_bytes, "compile_seconds": round(p.compile_seconds, 2), "machine_code": p.whole,
         "model_flops_of_all": p.model_flops, "images_per_row": dict(p.images),
         "replicated": [vars(r) | {"axes": list(r.axes)} for r in p.replicated],
     }

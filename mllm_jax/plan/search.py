@@ -2,19 +2,21 @@
 
 Candidates are meshes over which the rows divide, what layers keep for the backward pass, microbatches, and lengths of packed
 rows where they may change.  One trace of a step that keeps nothing tells for each mesh and length what every policy would
-keep and save; of each only the fewest microbatches that fit are of interest.  Then the first ones are compiled in order, and
-what the compiler says of one corrects the model for the next, until none can be better or the time is up.
+keep and save.  Then the compiler's passes (plan/passes.py) look at the likely ones in order, some side by side, and what they
+say of one corrects the model for the next, until none can be better or the time is up.
 """
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from mllm_jax.config import ConfigError, override
 from mllm_jax.plan import program as programs
 from mllm_jax.plan.analytic import Live, Needs, fixed, needs, parameter_axes, read
-from mllm_jax.plan.report import Options, Plan, many, network_of, plan_of, seconds, size
+from mllm_jax.plan.passes import quick
+from mllm_jax.plan.report import Options, Plan, many, network_of, seconds, size
 from mllm_jax.plan.roofline import Clock, Roof, kept
 from mllm_jax.plan.topology import Topology
 from mllm_jax.recipe import Recipe
@@ -28,6 +30,8 @@ TENSOR = (1, 2, 4, 8, 16)               # chips that may share rows
 FSDP = 64                               # chips over which parameters are split at least, where there are more
 USABLE = 0.975                          # of a chip's memory, for a program
 DOUBT = 1.06                            # the model's needs may be so many times too large
+CLOSE = 1.03                            # what the model takes for so much slower may be the fastest
+MORE = 1.1                              # times what there is: taken of a program that does not fit
 
 
 @record
@@ -35,8 +39,9 @@ class Wanted:
     """What a search may change, and how long it may take."""
 
     rows: tuple[int, ...] = ()          # lengths of packed rows; none: that of the recipe.  Longer rows are fewer: tokens stay the same
-    budget: float = 180.0               # s after which nothing more is compiled
-    most: int = 6                       # programs that are compiled
+    budget: float = 180.0               # s after which the compiler is asked no more
+    most: int = 8                       # programs that it is asked about
+    jobs: int = 2                       # of them at once, each in a process of 1 to 4 GB
 
 
 @record
@@ -46,7 +51,6 @@ class Candidate:
     needs: float                        # bytes of a chip, by the model
     seconds: float                      # of a step, by the model
     plan: Plan | None = None            # by the compiler
-    why: str = ""                       # it was not compiled
 
     @property
     def fits(self) -> bool | None:
@@ -64,34 +68,41 @@ def search(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: L
       ConfigError: no such stage, or its rows divide over no mesh of these chips.
     """
     began, stage = time.monotonic(), recipe.stage_name(stage)
-    found = [c for base in bases(recipe, stage, on, layout, wanted.rows) for c in base.candidates()]
-    limit, ratio = on.chip.hbm * USABLE, Ratio()
-    likely = sorted((c for c in found if c.needs <= limit * DOUBT), key=lambda c: c.seconds) or sorted(found, key=lambda c: c.needs)[:1]
-    done: list[Candidate] = []
-    best, slowest = math.inf, 0.0
-    for one in likely:
-        tried = [c for c in done if c.plan]
-        if len(tried) == wanted.most or one.seconds * ratio.time > best or (tried and time.monotonic() - began + slowest > wanted.budget):
-            break
-        if one.needs * ratio.memory > limit * DOUBT:
-            continue
+    left = sorted((c for base in bases(recipe, stage, on, layout, wanted.rows) for c in base.candidates()), key=lambda c: c.seconds)
+    done, limit, ratio, slowest = [], on.chip.hbm * USABLE, Ratio(), 0.0
+
+    def look(one: Candidate) -> tuple[Candidate, float]:
         since = time.monotonic()
-        changed = _changed(recipe, one.overrides)
-        program = programs.lower(changed, stage, one.layout, list(on.devices))
-        exact = needs(program)
-        one = replace(one, needs=exact.total)
-        if tried and exact.total * ratio.memory > limit * DOUBT:
-            done.append(replace(one, why="too large by the model"))
-            continue
-        one = replace(one, plan=plan_of(name, stage, on, program, options))
-        slowest = max(slowest, time.monotonic() - since)
-        done.append(one)
-        if one.plan.fits:
-            best = min(best, one.plan.step_seconds)
-            ratio = Ratio(time=one.plan.estimate.seconds / one.seconds, memory=one.plan.memory.total / exact.total)
+        return replace(one, plan=quick(name, _changed(recipe, one.overrides), stage, on, one.layout, options)), time.monotonic() - since
+
+    with ThreadPoolExecutor(wanted.jobs) as pool:
+        running: set[Future] = set()
+        while True:
+            best = min((c.plan.step_seconds for c in done if c.fits), default=math.inf)
+            in_time = not done or time.monotonic() - began + slowest < wanted.budget
+            while len(running) < wanted.jobs and len(done) + len(running) < wanted.most and in_time:
+                one = _next(left, ratio, limit, best, desperate=not done and not running)
+                if one is None:
+                    break
+                left.remove(one)
+                running.add(pool.submit(look, one))
+            if not running:
+                break
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for one, took in (future.result() for future in ended):
+                done.append(one)
+                slowest = max(slowest, took)
+                # What the compiler refuses takes more than there is: how much more it says of a part only.
+                memory = one.plan.memory.total if one.fits else max(limit * MORE, one.needs * ratio.memory)
+                ratio = Ratio(time=one.plan.estimate.seconds / one.seconds if one.fits else ratio.time, memory=memory / one.needs)
     key = lambda c: (0, c.plan.step_seconds) if c.fits else (1 if c.fits is None else 2, c.seconds)
-    seen = {(repr(c.layout), c.overrides) for c in done}
-    return sorted([*done, *(c for c in likely if (repr(c.layout), c.overrides) not in seen)], key=key)
+    return sorted([*done, *(c for c in left if c.needs * ratio.memory <= limit * DOUBT)], key=key)
+
+
+def _next(left: Sequence[Candidate], ratio: "Ratio", limit: float, best: float, desperate: bool) -> Candidate | None:
+    """The first by the model that may fit and may be the best; if nothing may fit, what needs least."""
+    found = next((c for c in left if c.needs * ratio.memory <= limit * DOUBT and c.seconds * ratio.time < best * CLOSE), None)
+    return min(left, key=lambda c: c.needs, default=None) if found is None and desperate else found
 
 
 @record
@@ -225,7 +236,7 @@ def table(found: Sequence[Candidate], most: int = 12) -> Iterator[str]:
         line = f"  {mesh:<22}{c.layout.remat:<24}{c.layout.microbatches:>6}{rows:>13}  {size(c.needs):>13}{seconds(c.seconds):>10}"
         if c.fits:
             line += f"  {size(c.plan.memory.total):>16}{seconds(c.plan.step_seconds):>10}{100 * c.plan.mfu(c.plan.step_seconds):>6.1f} %"
-        yield line + (f"  {'does not fit':>16}" if c.fits is False else f"  {c.why:>16}" if c.why else "")
+        yield line + (f"  {'does not fit':>16}" if c.fits is False else "")
     if len(found) > most:
         yield f"  and {len(found) - most} more, slower by the model"
 

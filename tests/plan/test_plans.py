@@ -41,6 +41,8 @@ def test_rows_are_made_once_and_failures_are_rows(tmp_path, capsys):
     assert log.read_text() == "abcd"
     plans.make(script, jobs[1:2], file, again=True)
     assert log.read_text() == "abcdb"
+    plans.make(script, jobs[:1], file, anew={plans.key(jobs[0]): {"name": "new"}})
+    assert log.read_text() == "abcdbnew" and [*plans.read(file).values()][0]["job"] == jobs[0]
     assert "a " in (said := capsys.readouterr().err) and "MFU 50.0 %" in said and "1 warnings" in said
 
 
@@ -57,12 +59,19 @@ def test_the_heaviest_stage_is_planned_with_rows_that_divide(row):
     assert row["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and row["bound"] in row["units"]
 
 
+def test_machine_code_is_made_for_the_layout_that_was_found(row):
+    coded = plan_recipes.one(row["job"] | {"found": row})
+    same = ("stage", "mesh", "remat", "microbatches", "rows", "paper_rows", "fits")
+    assert not row["machine_code"] and coded["machine_code"] and [coded[k] for k in same] == [row[k] for k in same]
+    assert coded["hbm_gib"] == pytest.approx(row["hbm_gib"], abs=0.02)          # of code
+
+
 def test_tables_say_what_is_there_and_what_is_missing(row):
     other = {k: row[k] for k in ("jax", "libtpu")} | {
         "job": plan_recipes.job_of("projector/mobilevlm", "2*v5e:2x2", tiny=True), "error": "no|room", "warnings": ["x f32[4]"]}
     rows = {plans.key(r["job"]): r for r in (row, other)}
     lines = list(plan_recipes.tables(rows, ["projector/mobilevlm"], ["v5e:2x2", "2*v5e:2x2", "v6e:2x2"], tiny=True))
-    assert lines[0].startswith("2 of 3 pairs were compiled (jax 1, libtpu 2), 1 of them fit")
+    assert lines[0].startswith("2 of 3 pairs were compiled (jax 1, libtpu 2), 0 of them to machine code; 1 fit.")
     assert lines[4] == f"| projector/mobilevlm instruct | {100 * row['mfu']:.0f} %, {row['hbm_gib']:.1f} | error | – |"
     widths = {line.count("|") for line in lines if line.startswith("| projector/mobilevlm |")}
     assert widths == {10}                       # as many cells as the head has

@@ -12,7 +12,7 @@ from mllm_jax.launch import layouts
 from mllm_jax.plan import search as searching
 from mllm_jax.plan.analytic import Needs
 from mllm_jax.plan.roofline import Roof
-from mllm_jax.plan.search import Base, Candidate, meshes, remarks, search, variants
+from mllm_jax.plan.search import Base, Candidate, Wanted, meshes, remarks, search, variants
 from mllm_jax.sharding import Layout
 
 
@@ -74,26 +74,43 @@ def test_what_is_kept_takes_memory_and_saves_time_and_parts_do_the_opposite():
     assert found["full", 2].needs == 56 - 16 + 8 + 10 and found["full", 4].seconds > found["full", 2].seconds > found["full", 1].seconds
 
 
+class Found:
+    """What the compiler says of a layout: (seconds of a step, bytes), or None where it does not fit."""
+
+    def __init__(self, said):
+        self.fits, (self.step_seconds, total) = said is not None, said or (0, 0)
+        self.estimate, self.memory = type("E", (), {"seconds": self.step_seconds}), type("M", (), {"total": total})
+
+
+def searched(recipe, on, monkeypatch, candidates, says, **wanted):
+    """(remat of the programs that were looked at in order, what was found); candidates are (remat, seconds, bytes) by the model."""
+    calls, made = [], [Candidate(layout=Layout(remat=r), overrides=(), needs=n, seconds=s) for r, s, n in candidates]
+    monkeypatch.setattr(searching, "bases", lambda *_: [type("B", (), {"candidates": lambda self: made})()])
+    look = lambda name, recipe, stage, on, layout, options: calls.append(layout.remat) or Found(says[layout.remat])
+    monkeypatch.setattr(searching, "quick", look)
+    return calls, search("projector/gemma3", recipe, None, on, Layout(), wanted=Wanted(**wanted))
+
+
 def test_no_more_is_compiled_than_can_win(gemma, tpu, monkeypatch):
     """The compiler is taken to find twice the time of the model, and no room for the fastest."""
-    made, calls = [], []
-    for k, (policy, seconds) in enumerate([("qkv+attention+mlp", 1.0), ("qkv+attention", 1.2), ("attention", 1.3), ("full", 2.0)]):
-        made.append(Candidate(layout=Layout(remat=policy), overrides=(), needs=float(k), seconds=seconds))
-
-    class Found:
-        def __init__(self, layout):
-            self.fits, self.step_seconds = layout.remat != "qkv+attention+mlp", {"qkv+attention": 2.4, "attention": 2.3}.get(layout.remat, 9.0)
-            self.estimate, self.memory = type("E", (), {"seconds": self.step_seconds}), type("M", (), {"total": 4.0})
-
-    bases = type("B", (), {"candidates": lambda self: made})
-    monkeypatch.setattr(searching, "bases", lambda *_: [bases()])
-    monkeypatch.setattr(searching.programs, "lower", lambda recipe, stage, layout, devices: layout)
-    monkeypatch.setattr(searching, "needs", lambda program: Needs(**dict.fromkeys(Needs.__dataclass_fields__, 1.0)))
-    monkeypatch.setattr(searching, "plan_of", lambda name, stage, on, program, options: calls.append(program.remat) or Found(program))
-    found = search("projector/gemma3", gemma, None, tpu("v5e:2x2"), Layout())
+    likely = [("qkv+attention+mlp", 1.0, 3e9), ("qkv+attention", 1.2, 2e9), ("attention", 1.3, 1e9), ("full", 2.0, 0.5e9)]
+    calls, found = searched(gemma, tpu("v5e:2x2"), monkeypatch, likely, {"qkv+attention+mlp": None, "qkv+attention": (2.4, 2e9)}, jobs=1)
     assert calls == ["qkv+attention+mlp", "qkv+attention"]                  # 1.3 x 2 is no better than 2.4
     assert [c.layout.remat for c in found] == ["qkv+attention", "attention", "full", "qkv+attention+mlp"]
     assert [c.fits for c in found] == [True, None, None, False]
+
+
+def test_what_the_model_takes_for_too_large_is_tried_once_the_compiler_finds_less(gemma, tpu, monkeypatch):
+    """Of 16 GB; everything seems to need more, and the compiler finds a quarter of that."""
+    sizes = [("qkv+attention+mlp", 1.0, 100e9), ("attention", 1.5, 50e9), ("full", 2.0, 30e9)]
+    calls, found = searched(gemma, tpu("v5e:2x2"), monkeypatch, sizes, {"full": (2.0, 7.5e9), "attention": (1.5, 12.5e9)}, jobs=1)
+    assert calls == ["full", "attention"] and found[0].layout.remat == "attention"
+
+
+def test_two_are_looked_at_side_by_side(gemma, tpu, monkeypatch):
+    sizes = [("qkv+attention+mlp", 1.0, 3e9), ("qkv+attention", 1.2, 2e9), ("full", 2.0, 1e9)]
+    calls, found = searched(gemma, tpu("v5e:2x2"), monkeypatch, sizes, {r: (s, n) for r, s, n in sizes}, jobs=2)
+    assert sorted(calls) == ["qkv+attention", "qkv+attention+mlp"] and found[0].layout.remat == "qkv+attention+mlp"
 
 
 def test_what_is_found_is_written_and_trained_with(tpu, tmp_path, capsys, monkeypatch):
