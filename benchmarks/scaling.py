@@ -5,7 +5,7 @@
     python benchmarks/scaling.py --print            only the table
 
 LLaVA-1.5 of 7 billion parameters, stage 2, rows of 4,096 positions with 4 images, as many as chips, on slices of v5p.  Compiled as
-`train` runs it (mllm_jax/plan); a program takes some five minutes, so they are kept as they are made (plans.py).
+`train` runs it, without machine code (mllm_jax/plan/passes.py), and kept as they are made (plans.py).
 """
 
 import argparse
@@ -51,14 +51,15 @@ def jobs(chips: Sequence[int], flags: str = "none") -> Iterator[tuple[int, str, 
 def one(job: Job) -> Row:
     from mllm_jax.config import load, override
     from mllm_jax.launch import layouts
-    from mllm_jax.plan.report import Options, plan
+    from mllm_jax.plan.passes import quick
+    from mllm_jax.plan.report import Options
     from mllm_jax.plan.topology import topology
 
     on, recipe = topology(job["topology"]), load(RECIPE)
     for field, value in (SHAPE | {"batch_size": len(on.devices)}).items():
         recipe = override(recipe, f"stages.{STAGE}.data.{field}={value}")
     words = ",".join([f"auto:remat={REMAT},flags={job['flags']}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
-    return plans.summary(plan(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)))
+    return plans.summary(quick(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)))
 
 
 def table(rows: Mapping[str, Row], todo: Sequence[tuple[int, str, Job]]) -> Iterator[str]:
