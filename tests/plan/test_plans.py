@@ -42,7 +42,7 @@ def test_rows_are_made_once_and_failures_are_rows(tmp_path, capsys):
     plans.make(script, jobs[1:2], file, again=True)
     assert log.read_text() == "abcdb"
     plans.make(script, jobs[:1], file, anew={plans.key(jobs[0]): {"name": "new"}})
-    assert log.read_text() == "abcdbnew" and [*plans.read(file).values()][0]["job"] == jobs[0]
+    assert log.read_text() == "abcdbnew" and next(iter(plans.read(file).values()))["job"] == jobs[0]
     assert "a " in (said := capsys.readouterr().err) and "MFU 50.0 %" in said and "1 warnings" in said
 
 
