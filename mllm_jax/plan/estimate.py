@@ -13,10 +13,11 @@ What is charged at a `done` is the wait alone.  Against the published MFU of Max
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mllm_jax.chips import Chip
-from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Hlo, Instruction, arrays, closing
+from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Array, Hlo, Instruction, arrays, closing
 from mllm_jax.plan.network import Cost, Network, inside
 from mllm_jax.plan.work import FREE, Work
 
@@ -86,10 +87,13 @@ class Estimate:
 
 
 class Replay:
-    """One step of a program; `turns` is the trip count of loops whose own depends on data."""
+    """One step of a program.
 
-    def __init__(self, hlo: Hlo, chip: Chip, network: Network, turns: int = 1):
-        self.hlo, self.chip, self.network, self.turns = hlo, chip, network, turns
+    `turns` is the trip count of loops whose own depends on data, `frames` {patches of a packed row: those of a frame}, which see no others.
+    """
+
+    def __init__(self, hlo: Hlo, chip: Chip, network: Network, turns: int = 1, frames: Mapping[int, int] = {}):
+        self.hlo, self.chip, self.network, self.turns, self.frames = hlo, chip, network, turns, frames
         self.work, self.out, self.doubted = Work(hlo), Estimate(), 0.0
         self.out.seconds = self.run(hlo.entry, 1.0)
 
@@ -295,9 +299,11 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
         # nn/flash.py counts the pairs that are looked at, each with one exponential.
         cycles = chip.flash["flash_bwd" in i.name]
         wide = max(i.arrays[0].dims[-1], 128) / 128
-        seconds = said["transcendentals"] / 512**2 * cycles * wide / chip.clock / chip.cores
-        replay.out.notes["attention was taken to need all pairs that are not ahead"] += 1
-        return max(seconds, memory), said["flops"], moved
+        part = _frames(replay, big, said["transcendentals"])
+        seconds = part * said["transcendentals"] / 512**2 * cycles * wide / chip.clock / chip.cores
+        replay.out.notes["attention was taken to need all pairs that are not ahead" if part == 1 else
+                         "attention of packed patches was taken to need those of their own frame, and the blocks that it begins and ends in"] += 1
+        return max(seconds, memory), part * said["flops"], moved
     if ("splash" in i.name or "flash" in i.name) and len(big) > 1:
         seconds, flops = splash(chip, i, big[0].dims, big[1].dims, causal=any(a.dtype == "s8" for a in given))
         replay.out.notes["splash attention was costed by its blocks, of which half are left out where it is causal"] += 1
@@ -306,6 +312,15 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
         return max(said["flops"] / chip.peak / 0.6, memory), said["flops"], moved
     replay.out.notes["a kernel without a cost was taken to be bound by memory: " + re.sub(r"[.\d]+$", "", i.name)] += 1
     return memory, 0.0, moved
+
+
+def _frames(replay: Replay, big: Sequence[Array], pairs: float) -> float:
+    """The part of the pairs of blocks that a kernel looks at where all might see all, but rows are packed with frames."""
+    if not replay.frames:
+        return 1.0
+    (*rows, queries, _), keys = big[0].dims, big[1].dims[-2]
+    frame = next((frame for n, frame in replay.frames.items() if n <= keys < 2 * n), None)
+    return 1.0 if frame is None or pairs < math.prod(rows) * queries * keys else min(1.0, (frame + 2 * 512) / keys)
 
 
 def splash(chip: Chip, i: Instruction, q: tuple[int, ...], k: tuple[int, ...], *, causal: bool) -> tuple[float, float]:

@@ -133,7 +133,8 @@ def plan_of(
     repeats = replicated(program, None, None)
     if not compiled.refusal:
         hlo, network = compiled.hlo, network_of(program, on)
-        estimate, found = Replay(hlo, on.chip, network, turns_of(program, options.supervised)).out, memory(compiled)
+        frames = {room.items: math.prod(towers[m].nominal.grid) for m, room in program.spec.media.items() if towers[m].view.packed}
+        estimate, found = Replay(hlo, on.chip, network, turns_of(program, options.supervised), frames).out, memory(compiled)
         repeats = replicated(program, hlo, network)
     images = images_of_row(program.spec, towers)
     measured = images_per_second(towers, options.measure) if options.host_images is None and options.measure and images else None

@@ -147,6 +147,18 @@ def test_attention_takes_cycles_for_each_pair_of_blocks(kernel, products, cycles
     assert out.seconds == pytest.approx(32 * 8 * cycles / V5E.clock + OVERHEAD)
 
 
+@pytest.mark.parametrize(("share", "part"), [(1.0, (576 + 1024) / 8192), (0.5, 1.0)])
+def test_packed_patches_see_those_of_their_frame(share, part):
+    """Of 8,192 patches in frames of 576: whole blocks of a frame's neighbourhood; a causal kernel of that length is none of patches."""
+    rows, pairs = "bf16[1,16,8192,128]{3,2,1,0}", 16 * 8192**2 * share
+    cost = f'"cost_estimate":{{"flops":"{pairs:.0f}","transcendentals":"{pairs:.0f}","bytes_accessed":"1"}}'
+    text = (f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {rows[:-10]}) -> {rows[:-10]} {{\n  %x = {rows} parameter(0)\n"
+            f'  ROOT %flash_fwd.1 = {rows} custom-call(%x, %x), custom_call_target="tpu_custom_call", backend_config={{{cost}}}\n}}\n')
+    out = Replay(Hlo(text), V5E, NET, frames={8192: 576}).out
+    assert out.seconds == pytest.approx(part * pairs / 512**2 * V5E.flash[0] / V5E.clock + OVERHEAD)
+    assert out.flops == pytest.approx(part * pairs, abs=1)
+
+
 def test_error_bars_hold_the_estimate():
     out = replay(product("y", root=True))
     assert out.low == pytest.approx(0.85e-3) and out.high == pytest.approx(1.15e-3)
