@@ -15,6 +15,7 @@ from flax import nnx
 from mllm_jax.config import ConfigError, config
 from mllm_jax.connectors.items import check_square, join_grids, split_grids
 from mllm_jax.connectors.mlp import MLPConfig, MLPConnector
+from mllm_jax.nn.fusion import once
 from mllm_jax.types import Features, Grid
 
 
@@ -45,4 +46,5 @@ class Shuffle(nnx.Module):
     def __call__(self, x: Features) -> Features:
         """f[b (i r c) d_in] -> f[b (i r' c') d_out], r' = r / side."""
         y = rearrange(split_grids(x, self.cfg.grid), "n (r y) (c x) d -> n r c (y x d)", y=self.cfg.side, x=self.cfg.side)
-        return self.mlp(join_grids(y, x))
+        # libtpu 0.0.51 dies of the shuffle, fused with a norm that also gives what it had read ("split of a padded window dim").
+        return self.mlp(join_grids(once(y), x))
