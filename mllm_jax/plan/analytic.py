@@ -3,16 +3,18 @@
 Chains of operations on single numbers are taken to be fused into what reads them, so that only these values are in memory:
 what products, kernels, sums over an axis, gathers and loops give and take, what collectives give, and weights while they are
 gathered.  A value is there from the operation that makes it to the last that reads it, or reads what was fused from it.
+Where the compiler's order is another than the program's, or what it joins is more than a chain, a rule below says so; each was
+read from the buffer assignments of several programs, and holds for no recipe or layer by name.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
-from mllm_jax.plan.memory import shard_bytes
+from mllm_jax import compiler
 from mllm_jax.plan.program import Program
-from mllm_jax.plan.traced import SAME, Axes, Body, Op, Reader, Value, axes_of, base, flat
+from mllm_jax.plan.traced import SAME, Axes, Body, Op, Reader, Value, axes_of, base, in_tiles
 from mllm_jax.types import record
 
 ALONE = {"dot_general", "conv_general_dilated", "pallas_call", "gather", "scatter-add", "scatter", "sort", "top_k", "cumsum", "random_bits",
@@ -20,14 +22,15 @@ ALONE = {"dot_general", "conv_general_dilated", "pallas_call", "gather", "scatte
 SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 LOOPS = ("scan", "while", "cond")
 CODE = 64 << 20                         # bytes of a program
+PACKED = 1.02                           # of what is alive, with the gaps between: 0.3 to 7 % in the programs of benchmarks/plan_memory.py
 LARGE = 1 << 20                         # bytes from which on values are looked at one by one
 
 
 class Live:
     """What one body has in memory beside what it is given."""
 
-    def __init__(self, body: Body, top: bool = False):
-        self.body, self.top = body, top
+    def __init__(self, body: Body, top: bool = False, within: bool = False):
+        self.body, self.top, self.within = body, top, within
         self.same: dict[Value, Value] = {}
         self.by: dict[Value, int] = {}
         self.given = {v: k for k, v in enumerate(body.inputs)}
@@ -74,9 +77,9 @@ class Live:
                 for a, b in zip(op.inputs, op.outputs):
                     self.same[b] = a
             if op.name == "optimization_barrier" or kind == "alone":
-                narrow = cast(op)
+                narrow, constant = cast(op), range(op.bodies[0].constant if op.name in LOOPS and op.bodies else 0)
                 for k, v in enumerate(op.inputs):
-                    if k not in narrow:
+                    if k not in narrow and not (k in constant and self._one_number(v)):
                         self._make(self.rep(v))
             if kind in ("alone", "sum"):
                 self.made.update(op.outputs)
@@ -90,6 +93,13 @@ class Live:
     def _make(self, v: Value) -> None:
         if v not in self.given or v in self.slices:
             self.made.add(v)
+
+    def _one_number(self, v: Value) -> bool:
+        """Whether all of it is one number: a loop makes that itself."""
+        v = self.rep(v)
+        while v in self.by and self.body.ops[self.by[v]].name in ("broadcast_in_dim", "convert_element_type"):
+            v = self.rep(self.body.ops[self.by[v]].inputs[0])
+        return math.prod(v.shape) == 1
 
     def roots(self, v: Value) -> frozenset[Value]:
         """The values in memory that this one is, or is fused from."""
@@ -106,7 +116,7 @@ class Live:
         first: dict[object, int] = {}
         last: dict[object, int] = {}
         size: dict[object, float] = {}
-        outs = {self.rep(v) for v in self.body.outputs}
+        outs = self.outs = {self.rep(v) for v in self.body.outputs}
         for at, (op, kind) in enumerate(zip(ops, self.kinds)):
             runs = kind in ("alone", "sum") or any(v in self.made or v in outs for v in op.outputs)
             if runs:
@@ -120,7 +130,7 @@ class Live:
                     key = ("gathered", self.rep(v))
                     first.setdefault(key, at)
                     last[key] = at
-                    size[key] = v.width * math.prod(v.local) * math.prod(v.sizes[a] for a in flat(v.axes) if base(a) not in ("tensor",))
+                    size[key] = gathered(v)
             for v in op.outputs:
                 if v in self.made:
                     first[v], last[v] = at, at
@@ -131,8 +141,10 @@ class Live:
                 first.setdefault(key, at)
                 last[key], size[key] = at, v.bytes * width / v.width
             if op.name in LOOPS:
-                self._loop(at, op, size)
-        self._siblings(last, size)
+                self._loop(at, op, last, size)
+        if not self.within:
+            self._last_things(last)
+        self._together(first, last, size)
         for r in list(last):
             if isinstance(r, Value) and r in self.slices and r in self.made:
                 size[r] = r.bytes
@@ -155,18 +167,86 @@ class Live:
         self.peak = self.level[self.at] if ops else 0.0
         self.alive = sorted(((size[k], k) for k in size if k in first and first[k] <= self.at <= last[k]), key=lambda x: -x[0])
 
-    def _siblings(self, last: dict, size: dict) -> None:
-        """Chains of one shape that read the same values are one operation, which gives all of their results at once."""
+    def _last_things(self, last: dict) -> None:
+        """Chips that run collectives apart do what no loop waits for after the last loop: the other loops, and weights' gradients."""
+        loops = [k for k, op in enumerate(self.body.ops) if op.name == "scan" and op.bodies[0].carried]
+        for at, op in enumerate(self.body.ops[:loops[-1]] if len(loops) > 1 else ()):
+            if at in loops:
+                late = not any(self._needs(w, v) for k in loops if k > at for w in self.body.ops[k].inputs for v in op.outputs)
+            else:
+                late = op.name == "dot_general" and sums_rows(op) or op.name == "conv_general_dilated" and rows_end(op)
+            if late:
+                for r in {r for v in op.inputs for r in self.roots(v)} & last.keys():
+                    last[r] = max(last[r], loops[-1])
+
+    def _together(self, first: dict, last: dict, size: dict) -> None:
+        """Chains of one shape that read the same values are one operation, which gives all of their results at once.
+
+        It may be the end of a product, whose result is then never in memory.  Results take the place of what is read for the last
+        time, but not those of a product that a collective is run within.
+        """
+        for at, group in self._groups(first, size):
+            sources = {r for v in group for r in self._sources(v)}
+            for v in group:
+                first[v], last[v] = at, max(last[v], at, self._put_off(v, at, len(group)))
+            for r in sources & last.keys():
+                last[r] = max(last[r], at)
+            ending = [r for r in sources if last.get(r) == at and r in self.by and size.get(r) and r not in self.outs]
+            ends = [r for r in ending if self._op(r).name == "dot_general" and r.local == group[0].local]
+            if ends:
+                product = max(ends, key=lambda r: self.by[r])
+                ending.remove(product)
+                size[product] = 0.0
+                for v in self._op(product).inputs:
+                    for r in (*self.roots(v), ("gathered", self.rep(v)), ("cast", self.rep(v))):
+                        if r in last:
+                            last[r] = max(last[r], at)
+            if not (ends and self._carries(self._op(product))):
+                room = [size[v] for v in group]
+                for r in ending:
+                    if size[r] in room:
+                        room.remove(size[r])
+                        last[r] = at - 1
+
+    def _put_off(self, v: Value, at: int, of: int) -> int:
+        """Until when a value is kept for gradients of weights: chips that run collectives apart compute those after the last kernel.
+
+        That is so, in the schedules that were looked at, for what nothing else reads, and in layers without a gate for all.
+        """
+        if self.within:
+            return at
+        readers = [op for op in self.body.ops[self.by[v] + 1:] if op.name == "dot_general" and any(v in self.roots(x) for x in op.inputs)]
+        for_weights = [sums_rows(op) for op in readers]
+        if not (any(for_weights) if of == 2 else for_weights and all(for_weights)):
+            return at
+        return max((k for k, op in enumerate(self.body.ops) if op.name == "pallas_call"), default=at)
+
+    def _carries(self, product: Op) -> bool:
+        """Whether weights are gathered within it: other chips' parts of them come in meanwhile, unless they are thinner than a tile."""
+        thick = lambda v: all(n >= 8 for n, part in zip(v.local, v.axes) if part)
+        return self.within and any(v.gathered and thick(v) for v in product.inputs)
+
+    def _groups(self, first: dict, size: dict) -> Iterator[tuple[int, list[Value]]]:
+        """(the last of their operations, values)"""
         found: dict[tuple, list[tuple[int, Value]]] = {}
-        for v in size:
-            if isinstance(v, Value) and v in self.by and self.kinds[self.by[v]] == "loop" and size[v] >= LARGE:
+        for v in first:
+            if isinstance(v, Value) and v in self.by and self.kinds[self.by[v]] == "loop" and size.get(v, 0.0) >= LARGE:
                 found.setdefault(v.local, []).append((self.by[v], v))
-        for group in found.values():
-            group.sort(key=lambda x: x[0])
-            for k, (_, v) in enumerate(group):
-                for later, w in group[k + 1:]:
-                    if self._sources(v) & self._sources(w) and not self._needs(w, v):
-                        last[v] = max(last[v], later)
+        for same in found.values():
+            same.sort(key=lambda x: x[0])
+            while same:
+                (at, v), group, rest = same[0], [same[0][1]], []
+                for later, w in same[1:]:
+                    if any(self._sources(x) & self._sources(w) for x in group) and not any(self._needs(w, x) for x in group):
+                        group.append(w)
+                        at = later
+                    else:
+                        rest.append((later, w))
+                yield at, group
+                same = rest
+
+    def _op(self, v: Value) -> Op:
+        return self.body.ops[self.by[v]]
 
     def _needs(self, w: Value, v: Value) -> bool:
         """Whether w is computed from v."""
@@ -185,15 +265,15 @@ class Live:
         large = lambda r: r.bytes >= LARGE
         return frozenset(filter(large, frozenset().union(*(self.roots(x) for x in self.body.ops[self.by[v]].inputs))))
 
-    def _loop(self, at: int, op: Op, size: dict) -> None:
-        inner = [Live(b) for b in op.bodies]
+    def _loop(self, at: int, op: Op, last: dict, size: dict) -> None:
+        inner = [Live(b, within=self.within) for b in op.bodies]
         self.inner[at] = max((x.peak for x in inner), default=0.0)
         self.loops[at] = inner
         body = op.bodies[0]
         for k, v in enumerate(op.outputs[:body.carried]):
             start = self.rep(op.inputs[body.constant + k])
-            if start in size and start.bytes == v.bytes and start not in self.given:
-                size[v] = 0.0 if self._dies(start, at) else size[v]
+            if start in size and start.bytes == v.bytes and start not in self.given and self._dies(start, at):
+                last[start] = at - 1
 
     def _dies(self, v: Value, at: int) -> bool:
         """Whether nothing reads it after this operation."""
@@ -205,6 +285,25 @@ def fixed(live: Live, known: Mapping[tuple[int, ...], Axes]) -> float:
     shapes = {*known, *(shape[1:] for shape in known)}
     here = sum(size for size, key in live.alive if not isinstance(key, Value) or key.shape in shapes)
     return here + max((fixed(inner, known) for inner in live.loops.get(live.at, [])), default=0.0)
+
+
+def sums_rows(op: Op) -> bool:
+    """Whether a product is a weight's gradient: a sum along what the rows are split by."""
+    (lc, rc), _ = op.params["dimension_numbers"]
+    return any(op.inputs[0].axes[x] and op.inputs[0].axes[x] == op.inputs[1].axes[y] for x, y in zip(lc, rc))
+
+
+def rows_end(op: Op) -> bool:
+    """Whether a convolution is a weight's gradient."""
+    return any(map(any, (v.axes for v in op.inputs))) and not any(op.outputs[0].axes)
+
+
+def gathered(v: Value) -> float:
+    """Bytes of a weight that is whole but along the axis of heads and hidden units."""
+    parts = [math.prod(v.sizes[a] for a in part if base(a) != "tensor") for part in v.axes]
+    # Parts that end within a tile lie beside one another only where they are in none: then a number of 16 bits takes the room of 32.
+    thin = len(v.shape) == 2 and v.width == 2 and any(n % 8 and k > 1 for n, k in zip(v.local, parts))
+    return math.prod(v.local) * math.prod(parts) * (4 if thin else v.width)
 
 
 def cast(op: Op) -> dict[int, float]:
@@ -241,7 +340,13 @@ def read(program: Program) -> Body:
     mesh = program.mesh.shape
     of = lambda x: axes_of(x.sharding.spec, x.ndim, mesh)
     arguments = jax.tree.leaves((program.state, program.batch, _key(program)))
-    return Reader(mesh, parameter_axes(program)).read(program.traced.jaxpr, [of(x) for x in arguments])
+    rows = next((a[0] for a in map(of, jax.tree.leaves(program.batch)) if a), ())
+    return Reader(mesh, parameter_axes(program), rows).read(program.traced.jaxpr, [of(x) for x in arguments])
+
+
+def living(program: Program) -> Live:
+    """Of the step; chips without cores for collectives run them within products."""
+    return Live(read(program), top=True, within="sparsecore" not in compiler.sets(program.layout.flags, program.mesh.devices.flat[0]))
 
 
 def parameter_axes(program: Program) -> dict[tuple[int, ...], Axes]:
@@ -251,23 +356,20 @@ def parameter_axes(program: Program) -> dict[tuple[int, ...], Axes]:
 
 def needs(program: Program, live: Live | None = None) -> Needs:
     """What the step takes; `live` if it is known already."""
-    live, state = live or Live(read(program), top=True), program.state
+    live, state = live or living(program), program.state
     known, kinds = parameter_axes(program), dict.fromkeys(("gradients", "activations"), 0.0)
     for size, key in live.alive:
         if isinstance(key, Value) and key in live.by:
             kind = "gradients" if key.shape in known else "activations" if live.body.ops[live.by[key]].name == "scan" else None
             if kind:
                 kinds[kind] += size
-    return Needs(parameters=shard_bytes((state.params, state.frozen)), optimizer=shard_bytes((state.opt_state, state.ema, state.step)),
-                 batch=sum(padded(x) for x in jax.tree.leaves(program.batch)), temporaries=live.peak - sum(kinds.values()), code=CODE, **kinds)
+    return Needs(parameters=argument_bytes((state.params, state.frozen)), optimizer=argument_bytes((state.opt_state, state.ema, state.step)),
+                 batch=argument_bytes(program.batch), temporaries=PACKED * live.peak - sum(kinds.values()), code=CODE, **kinds)
 
 
-def padded(x: jax.ShapeDtypeStruct) -> float:
-    """Bytes of a chip's shard of an argument: its last two dimensions in tiles of 8 x 128 numbers of 32 bits."""
-    dims, width = list(x.sharding.shard_shape(x.shape)), jax.numpy.dtype(x.dtype).itemsize
-    if len(dims) > 1:
-        dims[-1], dims[-2] = -(-dims[-1] // 128) * 128, -(-dims[-2] // (32 // width)) * (32 // width)
-    return math.prod(dims) * width
+def argument_bytes(tree: object) -> float:
+    """Of a chip's shards of shapes with shardings, as the compiler keeps them."""
+    return sum(in_tiles(x.sharding.shard_shape(x.shape), jax.numpy.dtype(x.dtype).itemsize if x.ndim else 4) for x in jax.tree.leaves(tree))
 
 
 def _key(program: Program) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from mllm_jax.config import ConfigError, override
 from mllm_jax.plan import program as programs
-from mllm_jax.plan.analytic import Live, Needs, fixed, needs, parameter_axes, read
+from mllm_jax.plan.analytic import Needs, fixed, living, needs, parameter_axes
 from mllm_jax.plan.passes import quick
 from mllm_jax.plan.report import Options, Plan, many, network_of, seconds, size
 from mllm_jax.plan.roofline import Clock, Roof, kept
@@ -152,7 +152,7 @@ def bases(recipe: Recipe, stage: str, on: Topology, layout: Layout, lengths: Seq
         for mesh in meshes(changed, stage, on):
             one = replace(layout, mesh=mesh, slices=on.slices, remat="full", microbatches=1)
             program = programs.lower(changed, stage, one, list(on.devices))
-            live = Live(read(program), top=True)
+            live = living(program)
             clock, found = Clock(on.chip, network_of(program, on)), needs(program, live)
             trained = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in program.state.params.values())
             out.append(Base(

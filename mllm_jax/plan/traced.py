@@ -5,6 +5,8 @@ a product drops what it contracts and what the other operand's rows already use 
 shape of a parameter outside the loops over layers, such as its gradient, lies as the parameter does.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,8 @@ class Value:
     axes: Axes
     sizes: Mapping[str, int]            # of the mesh
     gathered: bool = False              # a product takes it whole along axes that its other operand's rows use
-    kernel: bool = False                # a kernel reads or writes it, in rows of 128
+    rows: bool = False                  # a kernel or a sum into rows of a table takes it row by row, in tiles of its last dimensions
+    apart: tuple[int, ...] = ()         # dimensions that number matrices of a product: they are not in tiles
     name: str = ""                      # under which a layer keeps it (nn/remat.py)
 
     @property
@@ -37,10 +40,7 @@ class Value:
     @property
     def bytes(self) -> float:
         """On each chip."""
-        dims = list(self.local)
-        if self.kernel and dims:
-            dims[-1] = -(-dims[-1] // 128) * 128
-        return math.prod(dims) * self.width
+        return in_tiles(self.local, self.width, self.apart, self.rows)
 
 
 @dataclass(eq=False)
@@ -64,10 +64,10 @@ class Body:
 
 
 class Reader:
-    """Of one program; `shapes` are the axes of its parameters by shape."""
+    """Of one program; `shapes` are the axes of its parameters by shape, `rows` those of the rows of its batch."""
 
-    def __init__(self, sizes: Mapping[str, int], shapes: Mapping[tuple[int, ...], Axes], turns: int = 1):
-        self.sizes, self.shapes, self.turns = dict(sizes), shapes, turns
+    def __init__(self, sizes: Mapping[str, int], shapes: Mapping[tuple[int, ...], Axes], rows: tuple[str, ...] = (), turns: int = 1):
+        self.sizes, self.shapes, self.rows, self.turns = dict(sizes), shapes, rows, turns
         self.stacked = {shape[1:] for shape in shapes}
         self.again = False
 
@@ -75,6 +75,7 @@ class Reader:
         ins = [self.value(v.aval, a) for v, a in zip(jaxpr.jaxpr.invars, axes, strict=True)]
         ops: list[Op] = []
         outs = self.inline(jaxpr.jaxpr, ins, ops, True)
+        _backward(ops)
         return Body(inputs=ins, outputs=outs, ops=ops)
 
     def value(self, aval: Any, axes: Axes = ()) -> Value:
@@ -112,17 +113,28 @@ class Reader:
             value = self.value(var.aval)
             given = everything[k:k + 1] if eqn.primitive.name == "optimization_barrier" else everything
             value.axes = RULES.get(eqn.primitive.name, _alike)(eqn.params, given, value)
+            if outside and eqn.primitive.name == "broadcast_in_dim":
+                self._for_rows(eqn.params, given[0], value)
             if outside and eqn.primitive.name not in ("dot_general", "scatter-add", "conv_general_dilated"):
                 self._as_parameter(value)
-            value.kernel = eqn.primitive.name == "pallas_call"
+            value.rows = eqn.primitive.name in ("pallas_call", "scatter-add")
+            if eqn.primitive.name in ("add", "add_any", "psum", "reduce_scatter"):
+                value.rows = any(v.rows for v in given)
             value.name = eqn.params["name"] if eqn.primitive.name == "name" else given[0].name if eqn.primitive.name in SAME else ""
             outs.append(value)
         if eqn.primitive.name == "pallas_call":
             for one in everything:
-                one.kernel = True
+                one.rows = True
         if eqn.primitive.name == "dot_general":
             _gather(eqn.params, everything)
+            _apart(eqn.params, everything, outs[0])
         return outs
+
+    def _for_rows(self, params: Mapping, one: Value, many: Value) -> None:
+        """Of a parameter that every row takes, each chip makes copies for its own rows."""
+        if one.shape and any(one.axes) and 0 not in params["broadcast_dimensions"]:
+            if many.shape[0] % math.prod(self.sizes[a] for a in self.rows) == 0:
+                many.axes = (self.rows, *((),) * (len(many.shape) - 1))
 
     def _as_parameter(self, value: Value) -> None:
         """Splits it as the parameter of its shape, where that is split more."""
@@ -137,11 +149,14 @@ class Reader:
         ins = [self.value(v.aval) for v in inner.invars]
         for spec, outer, one in zip(eqn.params["in_specs"], given, ins, strict=True):
             ops.append(Op("enter", [outer], [one], {"same": set(flat(split(spec, len(outer.shape)))) == set(flat(outer.axes))}))
+            outer.axes = outer.axes if any(outer.axes) else split(spec, len(outer.shape))
         results = self.inline(inner, ins, ops, False)
+        for outer, one in zip(given, ins):
+            outer.rows |= one.rows and outer.local == one.shape
         outs = []
         for spec, var, one in zip(eqn.params["out_specs"], eqn.outvars, results, strict=True):
             out = self.value(var.aval, split(spec, len(var.aval.shape)))
-            out.kernel, out.name = one.kernel, one.name
+            out.rows, out.name = one.rows, one.name
             ops.append(Op("leave", [one], [out], {"same": True}))
             outs.append(out)
         return outs
@@ -160,13 +175,18 @@ class Reader:
             if after == start[consts:consts + carried]:
                 break
             start[consts:consts + carried] = [a if any(a) else b for a, b in zip(after, start[consts:consts + carried])]
+        _backward(ops)
+        for v, a in zip(given[consts:consts + carried], start[consts:consts + carried]):
+            v.axes = v.axes if any(v.axes) else a
+        for v, one in zip(given[consts:], outs[:carried]):
+            v.rows |= one.rows
         body = Body(inputs=ins, outputs=outs, ops=ops, carried=carried, constant=consts)
         results = []
         for k, (var, inside) in enumerate(zip(eqn.outvars, outs, strict=True)):
             value = self.value(var.aval, inside.axes if k < carried else ((), *inside.axes))
             if outside:
                 self._as_parameter(value)
-            value.name, value.kernel = inside.name, inside.kernel
+            value.name, value.rows = inside.name, inside.rows
             results.append(value)
         return Op("scan", given, results, p, [body], n)
 
@@ -187,6 +207,22 @@ class Reader:
             bodies.append(Body(inputs=ins, outputs=self.inline(branch.jaxpr, ins, ops, outside), ops=ops))
         best = [max((b.outputs[k].axes for b in bodies), key=lambda a: sum(map(len, a))) for k in range(len(eqn.outvars))]
         return Op("cond", given[1:], [self.value(v.aval, a) for v, a in zip(eqn.outvars, best, strict=True)], {}, bodies)
+
+
+@functools.cache
+def in_tiles(dims: tuple[int, ...], width: float, apart: tuple[int, ...] = (), rows: bool = False) -> float:
+    """Bytes of an array: two of its dimensions lie in tiles of 8 x 128 numbers (of bytes 32 x 128), those that waste least.
+
+    They are none of those that are apart; with `rows` they are the last two, as kernels take them.
+    """
+    free = [d for d in range(len(dims)) if d not in apart]
+    if len(free) < 2:
+        return math.prod(dims) * width
+    low = 32 if width == 1 else 8
+    across = lambda n: -(-n // 128) * 128
+    down = lambda n: -(-n // low) * low if n > 4 else 1 << max(n - 1, 0).bit_length()
+    pairs = [(len(dims) - 1, len(dims) - 2)] if rows else itertools.permutations(free, 2)
+    return min(math.prod(across(n) if d == a else down(n) if d == b else n for d, n in enumerate(dims)) for a, b in pairs) * width
 
 
 def axes_of(spec: Sequence, rank: int, sizes: Mapping[str, int]) -> Axes:
@@ -286,6 +322,31 @@ def _dot(params: Mapping, given: list[Value], _: Value) -> Axes:
     return tuple(out)
 
 
+def _apart(params: Mapping, given: list[Value], out: Value) -> None:
+    """Of many products of matrices with rows and columns."""
+    (lc, rc), (lb, rb) = params["dimension_numbers"]
+    rows = lambda v, *taken: math.prod(n for d, n in enumerate(v.local) if not any(d in t for t in taken))
+    if len(lb) and min(rows(given[0], lc, lb), rows(given[1], rc, rb)) > 1:
+        given[0].apart, given[1].apart, out.apart = tuple(lb), tuple(rb), tuple(range(len(lb)))
+
+
+def _backward(ops: Sequence[Op]) -> None:
+    """Splits what is made of nothing that is split, such as zeros and positions, as those that it meets."""
+    made = {v for op in ops for v in op.outputs}
+    for op in reversed(ops):
+        out = op.outputs[0] if op.outputs else None
+        if out is None or not any(out.axes) or op.name not in ("broadcast_in_dim", *SAME) and RULES.get(op.name, _alike) is not _alike:
+            continue
+        for v in op.inputs:
+            if v not in made or any(v.axes):
+                continue
+            if op.name == "broadcast_in_dim":
+                where = op.params["broadcast_dimensions"]
+                v.axes = tuple(out.axes[d] if n == out.shape[d] else () for n, d in zip(v.shape, where))
+            elif v.shape == out.shape:
+                v.axes = out.axes
+
+
 def _rows(v: Value) -> float:
     """More for what is rather rows of the batch than a matrix: split by its first dimension, and of more dimensions."""
     return bool(v.axes and v.axes[0]) + len(v.shape) / 10
@@ -312,6 +373,7 @@ RULES: dict[str, Callable[[Mapping, list[Value], Value], Axes]] = {
     "reshape": _reshape,
     "transpose": lambda p, given, out: tuple(given[0].axes[d] for d in p["permutation"]),
     "squeeze": _dropped("dimensions"),
+    "stack": lambda p, given, out: (*given[0].axes[:p["axis"]], (), *given[0].axes[p["axis"]:]),
     "dot_general": _dot,
     **{f"reduce_{k}": _dropped("axes") for k in ("sum", "max", "min", "prod", "and", "or")},
     "argmax": _dropped("axes"), "argmin": _dropped("axes"),
