@@ -59,7 +59,8 @@ def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LA
     weights = _shapes_of_weights(program)
     rows, shards = program.stage.data.batch_size, math.prod(program.mesh.shape[a] for a in BATCH_AXES if a in program.mesh.shape)
     # A number that only the rows of the whole batch can be, and not the items of all rows of one chip.
-    telling = shards > 1 and rows not in _numbers(program) and shards not in _of_a_row(program)
+    parts = {shards, shards * program.layout.microbatches}
+    telling = shards > 1 and rows not in _numbers(program) and not parts & _of_a_row(program)
     worst: dict[tuple[str, tuple[str, ...]], Replicated] = {}
     for name, body in hlo.computations.items():
         for i in body:
@@ -103,7 +104,8 @@ def _numbers(program: Program) -> set[int]:
 
 def _of_a_row(program: Program) -> set[int]:
     """What a row has so many of, and an array of several rows may have as one dimension with them."""
-    return {n for room in program.spec.media.values() for n in (room.items, room.num_tokens)}
+    of = lambda room: (room.items, room.num_tokens, math.prod(room.grid), room.items * room.num_tokens, room.items * math.prod(room.grid))
+    return {program.spec.seq_len} | {n for room in program.spec.media.values() for n in of(room)}
 
 
 def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:
