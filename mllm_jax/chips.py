@@ -12,7 +12,7 @@ from dataclasses import field
 
 from mllm_jax.config import ConfigError, config, nearest
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @config
@@ -25,6 +25,7 @@ class Chip:
     slices: Mapping[int, str] = field(default_factory=dict)     # chips -> shape of the slices that are let
     clock: float = 0                    # cycles/s
     cores: int = 1                      # of one chip
+    vmem: float = 0                     # bytes of a core's fast memory
     hbm: float = 0                      # bytes
     hbm_rate: float = 0                 # bytes/s
     link: float = 0                     # bytes/s of one ICI link, one way
@@ -39,7 +40,7 @@ class Chip:
     # Cycles of a splash attention kernel, from its bundle schedule: forward per block of 512 x 512 and head, overhead of a
     # grid step, of a row of blocks; backward per block, overhead of a step.
     splash: tuple[float, ...] = ()
-    # The same of nn/flash.py for a causal row of 4096, all in all: forward and backward (benchmarks/flash_cycles.py).
+    # The same of nn/flash.py for a causal row of 4096, all in all, with rotations: forward and backward (benchmarks/flash_cycles.py).
     flash: tuple[float, ...] = ()
 
 
@@ -48,17 +49,17 @@ CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 
 CHIPS: dict[str, Chip] = {
     "v4": Chip(kinds=("TPU v4",), peak=275e12, quantized={"int8": 275e12}, per_host=4, slices=CUBES | {4096: "16x16x16"}, clock=1.05e9, cores=2,
-               hbm=32 * GIB, hbm_rate=1.23e12, link=4.5e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10, host_cores=120,
-               products=0.9, splash=(1181, 420, 345, 2344, 330), flash=(2164, 2730)),
+               vmem=16 * MIB, hbm=32 * GIB, hbm_rate=1.23e12, link=4.5e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10, host_cores=120,
+               products=0.9, splash=(1181, 420, 345, 2344, 330), flash=(2073, 2906)),
     "v5e": Chip(kinds=("TPU v5 lite", "TPU v5e"), peak=197e12, quantized={"int8": 394e12}, per_host=4, slices=FLAT, clock=1.5e9,
-                hbm=16 * GIB, hbm_rate=8.19e11, link=4.5e10, dims=2, wraps_at=16, dcn=3.125e9, host_rate=1.5e10, host_cores=56,
-                products=0.95, splash=(1192, 165, 363, 2428, 300), flash=(1410, 2601)),
+                vmem=128 * MIB, hbm=16 * GIB, hbm_rate=8.19e11, link=4.5e10, dims=2, wraps_at=16, dcn=3.125e9, host_rate=1.5e10, host_cores=56,
+                products=0.95, splash=(1192, 165, 363, 2428, 300), flash=(1452, 2855)),
     "v5p": Chip(kinds=("TPU v5", "TPU v5p"), peak=459e12, quantized={"int8": 918e12}, per_host=4, slices=CUBES | {4096: "16x16x16", 6144: "16x16x24"},
-               clock=1.75e9, cores=2, hbm=95 * GIB, hbm_rate=2.765e12, link=9e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10, host_cores=104,
-                products=0.9, splash=(1181, 420, 345, 2344, 330), flash=(1433, 2621)),
+               clock=1.75e9, cores=2, vmem=64 * MIB, hbm=95 * GIB, hbm_rate=2.765e12, link=9e10, dims=3, wraps_at=4, dcn=6.25e9, host_rate=1.5e10,
+                host_cores=104, products=0.9, splash=(1181, 420, 345, 2344, 330), flash=(1518, 2896)),
     "v6e": Chip(kinds=("TPU v6 lite", "TPU v6e"), peak=918e12, quantized={"int8": 1836e12}, per_host=4, slices=FLAT, clock=1.75e9,
-                hbm=32 * GIB, hbm_rate=1.64e12, link=9e10, dims=2, wraps_at=16, dcn=1.25e10, host_rate=3.2e10, host_cores=90,
-                products=0.7, splash=(945, 220, 184, 1591, 250), flash=(1132, 1573)),
+                vmem=128 * MIB, hbm=32 * GIB, hbm_rate=1.64e12, link=9e10, dims=2, wraps_at=16, dcn=1.25e10, host_rate=3.2e10, host_cores=90,
+                products=0.7, splash=(945, 220, 184, 1591, 250), flash=(1191, 1802)),
     "a100": Chip(kinds=("NVIDIA A100",), peak=312e12, quantized={"int8": 624e12}),
     "h100": Chip(kinds=("NVIDIA H100",), peak=989.4e12, quantized={"int8": 1979e12, "fp8": 1979e12}),
     "h200": Chip(kinds=("NVIDIA H200",), peak=989.4e12, quantized={"int8": 1979e12, "fp8": 1979e12}),

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mllm_jax.chips import check_quantized
+from mllm_jax.chips import check_quantized, chip_of
 from mllm_jax.compiler import check_flags
 from mllm_jax.config import ConfigError, config
 
@@ -137,6 +137,13 @@ def platform() -> str:
     """Where the program that is traced will run, which need not be where it is traced: "cpu", "gpu" or "tpu"."""
     mesh = current_mesh()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def fast_memory() -> float:
+    """Bytes of it that a core has there; infinite where that is not known."""
+    mesh = current_mesh()
+    chip = chip_of((jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]).device_kind)
+    return chip.vmem if chip is not None and chip.vmem else math.inf
 
 
 def compute_dtype() -> jnp.dtype:

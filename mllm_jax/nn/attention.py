@@ -92,21 +92,20 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Queries f[b s h k] and keys -> f[b s h k], before the output matrix, and the cache."""
         k, v = keys
-        if rotation is not None:
-            q, k = rotation(q), rotation(k)
         if cache is not None:
+            if rotation is not None:
+                q, k, rotation = rotation(q), rotation(k), None
             cache = cache.write(k, v)
             k, v = cache.read()
-        return attend(q, k, v, visibility, scale=self.query_scale, window=window), cache
+        return attend(q, k, v, visibility, scale=self.query_scale, window=window, rotation=rotation), cache
 
     def queries(self, x: jax.Array) -> jax.Array:
         """f[b s d] -> f[b s h k], not rotated yet."""
-        return self._normed(self.q_norm, keep(self.q(x), "qkv"))
+        return self._normed(self.q_norm, _kept(self.q, x))
 
     def keys(self, x: jax.Array) -> Keys:
         """f[b t d] -> keys, not rotated yet, and values."""
-        k, v = keep(self.k(x), "qkv"), keep(self.v(x), "qkv")
-        return self._normed(self.k_norm, k), v
+        return self._normed(self.k_norm, _kept(self.k, x)), _kept(self.v, x)
 
     def _normed(self, norm: nnx.Module | None, x: jax.Array) -> jax.Array:
         """f[b s h k], as the norm of queries or keys makes it."""
@@ -115,16 +114,26 @@ class Attention(nnx.Module):
         return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.whole else norm(x)
 
 
+def _kept(projection: LayerLinear, x: jax.Array) -> jax.Array:
+    """f[b s d] -> f[b s h k], kept as the product leaves it: arrays with heads for an axis lie in other tiles."""
+    return projection.unfold(keep(projection.flat(x), "qkv"))
+
+
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility | None, *, scale: float | None = None, window: int | None = None,
+    rotation: Rotation | None = None,
 ) -> jax.Array:
-    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32."""
+    """f[b s h k], f[b t g k], f[b t g k] -> f[b s h k]; scores and softmax in float32.  A `rotation` is that of queries and keys."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     own = kernel() if min(q.shape[1], k.shape[1]) >= SHORT else "xla"
     way = context.way(q, k, visibility)
-    if own == "flash" and (visibility is None or isinstance(visibility.start, int)):
-        flash = partial(attend_flash, scale=scale, window=window)
-        return context.by_heads(partial(flash, heads="row_heads"), q, k, v, visibility) if way == "heads" else flash(q, k, v, visibility)
+    flash = own == "flash" and (visibility is None or isinstance(visibility.start, int))
+    if flash and way != "heads":
+        return attend_flash(q, k, v, visibility, scale=scale, window=window, rotation=rotation)
+    if rotation is not None:
+        q, k = rotation(q), rotation(k)
+    if flash:
+        return context.by_heads(partial(attend_flash, scale=scale, window=window, heads="row_heads"), q, k, v, visibility)
     core = lambda q, k, v, sees: _attend(own, q, k, v, sees, scale, window)
     core = core if way is None else partial(context.by_heads if way == "heads" else context.by_keys, core)
     return keep(core(q, k, v, visibility), "attention")

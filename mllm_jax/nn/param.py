@@ -93,11 +93,19 @@ class Linear(nnx.Module):
         self.lora = nnx.data(None)          # a low-rank change of the kernel, put here by nn/lora.py
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = compute_dtype()
-        y = self.product(x.astype(dtype))
+        return self.unfold(self.flat(x))
+
+    def flat(self, x: jax.Array) -> jax.Array:
+        """The same with one axis for all that comes out: f[... n]."""
+        dtype, lead = compute_dtype(), x.shape[: x.ndim - self.inputs]
+        y = self.product(x.astype(dtype)).reshape(*lead, -1)
         if self.lora is not None:
-            y = y + self.lora(x.astype(dtype))
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+            y = y + self.lora(x.astype(dtype)).reshape(y.shape)
+        return y if self.bias is None else y + self.bias[...].astype(dtype).reshape(-1)
+
+    def unfold(self, y: jax.Array) -> jax.Array:
+        """f[... n] of `flat` with the axes of the kernel."""
+        return y.reshape(*y.shape[:-1], *self.kernel.shape[self.inputs:])
 
     def product(self, x: jax.Array) -> jax.Array:
         return project(x, self.kernel[...].astype(x.dtype), self.inputs)

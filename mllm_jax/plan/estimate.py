@@ -297,9 +297,10 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
     said = {key: float(n) for key, n in re.findall(r'(flops|transcendentals)\\?"?:\s*\\?"?(\d+)', i.attr(r"cost_estimate(.*?\})") or "")}
     if ("flash_fwd" in i.name or "flash_bwd" in i.name) and said.get("transcendentals"):
         # nn/flash.py counts the pairs that are looked at, each with one exponential.
-        cycles = chip.flash["flash_bwd" in i.name]
-        wide = max(i.arrays[0].dims[-1], 128) / 128
-        part = _frames(replay, big, said["transcendentals"])
+        backward = "flash_bwd" in i.name
+        cycles, width = chip.flash[backward], said["flops"] / said["transcendentals"] / (10 if backward else 4)
+        wide = max(width, 128) / 128
+        part = _frames(replay, big, width, said["transcendentals"])
         seconds = part * said["transcendentals"] / 512**2 * cycles * wide / chip.clock / chip.cores
         replay.out.notes["attention was taken to need all pairs that are not ahead" if part == 1 else
                          "attention of packed patches was taken to need those of their own frame, and the blocks that it begins and ends in"] += 1
@@ -314,13 +315,13 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
     return memory, 0.0, moved
 
 
-def _frames(replay: Replay, big: Sequence[Array], pairs: float) -> float:
+def _frames(replay: Replay, big: Sequence[Array], width: float, pairs: float) -> float:
     """The part of the pairs of blocks that a kernel looks at where all might see all, but rows are packed with frames."""
     if not replay.frames:
         return 1.0
-    (*rows, queries, _), keys = big[0].dims, big[1].dims[-2]
+    queries, keys = math.prod(big[0].dims) / width, big[1].dims[-2]
     frame = next((frame for n, frame in replay.frames.items() if n <= keys < 2 * n), None)
-    return 1.0 if frame is None or pairs < math.prod(rows) * queries * keys else min(1.0, (frame + 2 * 512) / keys)
+    return 1.0 if frame is None or pairs < queries * keys else min(1.0, (frame + 2 * 512) / keys)
 
 
 def splash(chip: Chip, i: Instruction, q: tuple[int, ...], k: tuple[int, ...], *, causal: bool) -> tuple[float, float]:

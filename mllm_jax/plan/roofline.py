@@ -81,8 +81,9 @@ class Clock:
         if cost is None:
             return 0.0
         if "flash" in name and cost.transcendentals:
-            wide = max(op.outputs[0].shape[-1], 128) / 128
-            return cost.transcendentals / PAIRS * chip.flash["bwd" in name] * wide / chip.clock / chip.cores
+            backward = "bwd" in name
+            wide = max(cost.flops / cost.transcendentals / (10 if backward else 4), 128) / 128
+            return cost.transcendentals / PAIRS * chip.flash[backward] * wide / chip.clock / chip.cores
         return cost.flops / chip.peak / 0.6
 
     def summed(self, op: Op) -> Roof:

@@ -13,8 +13,10 @@ from mllm_jax.config import ConfigError
 from mllm_jax.nn import attention, flash, stack
 from mllm_jax.nn.attention import Attention, attend
 from mllm_jax.nn.block_config import BlockConfig
-from mllm_jax.nn.flash import PART, SKIP, WHOLE, Plan, attend_flash, codes
+from mllm_jax.nn.flash import attend_flash
+from mllm_jax.nn.flash_kernel import PART, SKIP, WHOLE, Plan, codes
 from mllm_jax.nn.param import merge, split
+from mllm_jax.nn.position import Rope
 from mllm_jax.nn.visibility import Visibility
 from mllm_jax.sharding import Layout, put_rows, use
 
@@ -41,9 +43,9 @@ CASES = {                               # visibility, window, key heads, queries
 }
 
 
-def inputs(g, s=S):
+def inputs(g, s=S, width=K, h=H):
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, weight = (jax.random.normal(key, (B, n, heads, K)) for key, n, heads in zip(keys, (s, S, S, s), (H, g, g, H)))
+    q, k, v, weight = (jax.random.normal(key, (B, n, heads, width)) for key, n, heads in zip(keys, (s, S, S, s), (h, g, g, h)))
     return (q, k, v), weight
 
 
@@ -63,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(monkeypatch, name):
     sees, window, g, s, chunks = CASES[name]
     monkeypatch.setattr(flash, "BLOCKS", (128,))
     monkeypatch.setattr(flash, "ONE", 0)
-    monkeypatch.setattr(flash, "CHUNK", flash.CHUNK if chunks == 1 else 128 * 128 * 4)
+    monkeypatch.setattr(flash, "CHUNK", flash.CHUNK if chunks == 1 else 128 * 128 * 4 // 2)
     qkv, weight = inputs(g, s)
     if sees is not None:
         weight = weight * (sees.segments > 0)[..., None, None]
@@ -71,6 +73,30 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(monkeypatch, name):
     ours = value_and_grads(partial(attend_flash, visibility=sees, scale=K**-0.5, window=window, interpret=True), qkv, weight)
     for a, b in zip(ours, want, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)             # float32 sums of hundreds of terms in another order
+
+
+WIDE = {                                # heads that are read as they lie; visibility, window, key heads, queries, chunks of keys, rope
+    "rotated inside, keys at once": (visible(SPAN), 60, 1, S, 1, Rope()),
+    "rotated inside, keys in chunks": (visible(PLACE), None, 2, S, 3, Rope(sections=(24, 20, 20))),
+    "rotated in part, so outside": (visible(PLACE), None, 2, S, 1, Rope(part=0.5)),
+    "not rotated, fewer queries than keys": (*CASES["fewer queries than keys"], None),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_heads_of_whole_lanes_are_read_as_they_lie_and_rotated_inside(monkeypatch, name):
+    sees, window, g, s, chunks, rope = WIDE[name]
+    monkeypatch.setattr(flash, "BLOCKS", (128,))
+    monkeypatch.setattr(flash, "CHUNK", flash.CHUNK if chunks == 1 else 128 * 128 * 4 // 2)
+    qkv, weight = inputs(g, s, width=128, h=2)
+    rotation = rope and rope(jnp.stack([PLACE, PLACE // 7, PLACE % 11], axis=-1), 128)
+    how = {"visibility": sees, "window": window, "rotation": rotation}
+    weight = weight * (sees.segments > 0)[..., None, None]
+    want = value_and_grads(partial(attend, **how), qkv, weight)
+    run = partial(attend_flash, scale=128**-0.5, interpret=True, **how)
+    for a, b in zip(value_and_grads(run, qkv, weight), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)             # as above, of eight times as many numbers
+    assert "transpose" not in [x.primitive.name for x in jax.make_jaxpr(run)(*qkv).eqns]
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients(monkeypatch):
@@ -84,8 +110,8 @@ def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients(monkeypatch):
 
 
 def test_blocks_are_left_out_or_need_no_mask_by_their_smallest_and_largest_numbers():
-    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, window=None, causal=False, axes=("batch", "heads"),
-                pieces=None, keys=8, interpret=True)
+    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, width=K, merged=False, scale=1.0, window=None, causal=False,
+                axes=("batch", "heads"), pieces=None, keys=8, interpret=True)
     segments, place = jnp.array([[1, 1, 1, 1, 1, 2, 0, 0]]), jnp.arange(8)[None]
     keys = jnp.where(segments > 0, segments, -1)
     table = lambda order, window=None: codes(replace(plan, window=window), segments, order, keys, order)[0].tolist()
@@ -107,14 +133,15 @@ def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
     assert jnp.isfinite(run(q, k, v.at[:, :128].set(jnp.nan), visible(PLACE, SEGMENTS * 0 + 1), window=2)[:, 257:]).all()
 
 
-@pytest.mark.parametrize(("mesh", "g"), [
-    ({"data": 2, "fsdp": 2, "tensor": 2}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
-    ({"fsdp": 2, "context": 4}, 2),     # positions exchanged for heads, of which keys have too few
-    ({"context": 8}, 2),                # keys gathered, and queries dealt out
+@pytest.mark.parametrize(("mesh", "g", "k"), [
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 1, 8), ({"data": 2, "fsdp": 2, "tensor": 2}, 2, 128),
+    ({"fsdp": 2, "context": 4}, 2, 8),  # positions exchanged for heads, of which keys have too few
+    ({"context": 8}, 2, 8),             # keys gathered, and queries dealt out
+    ({"context": 8}, 2, 128),
 ], ids=str)
-def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, mesh, g):
+def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, mesh, g, k):
     """Rows, positions and heads split over devices, in a loop over layers that are computed again, in a loop over parts of the batch."""
-    cfg, layout = BlockConfig(width=32, mlp=1, heads=4, kv_heads=g), Layout(mesh=mesh, remat="full")
+    cfg, layout = BlockConfig(width=32, mlp=1, heads=4, kv_heads=g, head_dim=k), Layout(mesh=mesh, remat="full")
     graph, params = split(stack.make([lambda r: Attention(cfg, rngs=r)], 2, rngs=nnx.Rngs(0)))
     # A row of 16 pieces, of which none fills a block.
     segments = jnp.pad(jnp.tile(SEGMENTS, (4, 1)), ((0, 0), (0, 4)))
@@ -123,7 +150,8 @@ def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, mesh, g):
     def loss(params, batch):
         def part(_, batch):
             x, segments, order = batch
-            step = lambda x, layer, *_: (x + layer(x, visible(order, segments), window=60)[0], None)
+            rotation = Rope()(jnp.broadcast_to(jnp.arange(S + 4)[:, None], (*x.shape[:2], 3)), k)
+            step = lambda x, layer, *_: (x + layer(x, visible(order, segments), window=60, rotation=rotation)[0], None)
             y = stack.run(merge(graph, params), step, x, depth=2)[0]
             return None, jnp.sum(jnp.where(segments[..., None] > 0, y, 0) ** 2)
         parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(4, 2, *x.shape[1:]), 0, 1), batch)

@@ -136,7 +136,7 @@ def test_a_loop_takes_its_turns(known, bound, turns, times):
     assert bool(out.notes) == (turns == 3)
 
 
-@pytest.mark.parametrize(("kernel", "products", "cycles"), [("flash_fwd", 2, 1410), ("transpose_jvp_flash_bwd__", 5, 2601)])
+@pytest.mark.parametrize(("kernel", "products", "cycles"), [("flash_fwd", 2, 1452), ("transpose_jvp_flash_bwd__", 5, 2855)])
 def test_attention_takes_cycles_for_each_pair_of_blocks(kernel, products, cycles):
     """Of 32 heads with half of 2048 x 2048 pairs."""
     pairs = 32 * 2048**2 // 2
@@ -151,12 +151,12 @@ def test_attention_takes_cycles_for_each_pair_of_blocks(kernel, products, cycles
 def test_packed_patches_see_those_of_their_frame(share, part):
     """Of 8,192 patches in frames of 576: whole blocks of a frame's neighbourhood; a causal kernel of that length is none of patches."""
     rows, pairs = "bf16[1,16,8192,128]{3,2,1,0}", 16 * 8192**2 * share
-    cost = f'"cost_estimate":{{"flops":"{pairs:.0f}","transcendentals":"{pairs:.0f}","bytes_accessed":"1"}}'
+    cost = f'"cost_estimate":{{"flops":"{512 * pairs:.0f}","transcendentals":"{pairs:.0f}","bytes_accessed":"1"}}'
     text = (f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {rows[:-10]}) -> {rows[:-10]} {{\n  %x = {rows} parameter(0)\n"
             f'  ROOT %flash_fwd.1 = {rows} custom-call(%x, %x), custom_call_target="tpu_custom_call", backend_config={{{cost}}}\n}}\n')
     out = Replay(Hlo(text), V5E, NET, frames={8192: 576}).out
     assert out.seconds == pytest.approx(part * pairs / 512**2 * V5E.flash[0] / V5E.clock + OVERHEAD)
-    assert out.flops == pytest.approx(part * pairs, abs=1)
+    assert out.flops == pytest.approx(part * 512 * pairs, abs=512)
 
 
 def test_error_bars_hold_the_estimate():
