@@ -81,7 +81,7 @@ def attempts(name: str, recipe: Any, stage: str, on: Any, words: Sequence[str]) 
 
     options = Options(measure=0)
     if "context" not in words[0]:               # a search splits no rows along their positions
-        found = search(name, recipe, stage, on, layouts.find("auto", "tpu"), options, Wanted(most=3, jobs=1))
+        found = search(name, recipe, stage, on, layouts.find("auto", "tpu"), options, Wanted(most=2, jobs=1))
         yield from (c.plan for c in found if c.plan)
     for each in words:
         yield quick(name, recipe, stage, on, layouts.find(each, "tpu"), options)
