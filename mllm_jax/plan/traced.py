@@ -30,6 +30,7 @@ class Value:
     sizes: Mapping[str, int]            # of the mesh
     gathered: bool = False              # a product takes it whole along axes that its other operand's rows use
     rows: bool = False                  # a kernel or a sum into rows of a table takes it row by row, in tiles of its last dimensions
+    minor: int | None = None            # the dimension that lies along a tile's 128 numbers, where a kernel settles it
     apart: tuple[int, ...] = ()         # dimensions that number matrices of a product: they are not in tiles
     name: str = ""                      # under which a layer keeps it (nn/remat.py)
 
@@ -40,7 +41,7 @@ class Value:
     @property
     def bytes(self) -> float:
         """On each chip."""
-        return in_tiles(self.local, self.width, self.apart, self.rows)
+        return in_tiles(self.local, self.width, self.apart, self.rows, self.minor)
 
 
 @dataclass(eq=False)
@@ -121,6 +122,8 @@ class Reader:
             if eqn.primitive.name in ("add", "add_any", "psum", "reduce_scatter"):
                 value.rows = any(v.rows for v in given)
             value.name = eqn.params["name"] if eqn.primitive.name == "name" else given[0].name if eqn.primitive.name in SAME else ""
+            if eqn.primitive.name in SAME and value.shape == given[0].shape and len(value.shape) > 2:
+                value.rows, value.minor = given[0].rows, given[0].minor
             outs.append(value)
         if eqn.primitive.name == "pallas_call":
             for one in everything:
@@ -187,6 +190,7 @@ class Reader:
             if outside:
                 self._as_parameter(value)
             value.name, value.rows = inside.name, inside.rows
+            value.minor = None if inside.minor is None else inside.minor + (k >= carried)
             results.append(value)
         return Op("scan", given, results, p, [body], n)
 
@@ -210,10 +214,10 @@ class Reader:
 
 
 @functools.cache
-def in_tiles(dims: tuple[int, ...], width: float, apart: tuple[int, ...] = (), rows: bool = False) -> float:
+def in_tiles(dims: tuple[int, ...], width: float, apart: tuple[int, ...] = (), rows: bool = False, minor: int | None = None) -> float:
     """Bytes of an array: two of its dimensions lie in tiles of 8 x 128 numbers (of bytes 32 x 128), those that waste least.
 
-    They are none of those that are apart; with `rows` they are the last two, as kernels take them.
+    They are none of those that are apart; with `rows` they are the last two, as kernels take them; `minor` is the one of 128.
     """
     free = [d for d in range(len(dims)) if d not in apart]
     if len(free) < 2:
@@ -221,7 +225,7 @@ def in_tiles(dims: tuple[int, ...], width: float, apart: tuple[int, ...] = (), r
     low = 32 if width == 1 else 8
     across = lambda n: -(-n // 128) * 128
     down = lambda n: -(-n // low) * low if n > 4 else 1 << max(n - 1, 0).bit_length()
-    pairs = [(len(dims) - 1, len(dims) - 2)] if rows else itertools.permutations(free, 2)
+    pairs = [(len(dims) - 1, len(dims) - 2)] if rows else [p for p in itertools.permutations(free, 2) if minor in (None, p[0])]
     return min(math.prod(across(n) if d == a else down(n) if d == b else n for d, n in enumerate(dims)) for a, b in pairs) * width
 
 
@@ -334,6 +338,7 @@ def _backward(ops: Sequence[Op]) -> None:
     """Splits what is made of nothing that is split, such as zeros and positions, as those that it meets."""
     made = {v for op in ops for v in op.outputs}
     for op in reversed(ops):
+        _lies(op)
         out = op.outputs[0] if op.outputs else None
         if out is None or not any(out.axes) or op.name not in ("broadcast_in_dim", *SAME) and RULES.get(op.name, _alike) is not _alike:
             continue
@@ -345,6 +350,19 @@ def _backward(ops: Sequence[Op]) -> None:
                 v.axes = tuple(out.axes[d] if n == out.shape[d] else () for n, d in zip(v.shape, where))
             elif v.shape == out.shape:
                 v.axes = out.axes
+
+
+def _lies(op: Op) -> None:
+    """What is made for a kernel lies as it takes it."""
+    out = op.outputs[0] if op.outputs else None
+    along = None if out is None or len(out.shape) < 3 else len(out.shape) - 1 if out.rows else out.minor
+    if along is None or op.name not in ("transpose", "pad", "concatenate", *SAME) and RULES.get(op.name, _alike) is not _alike:
+        return
+    for v in op.inputs:
+        if op.name == "transpose":
+            v.minor = op.params["permutation"][along]
+        elif len(v.shape) == len(out.shape) and v.shape[along] > 1:
+            v.minor = along
 
 
 def _rows(v: Value) -> float:

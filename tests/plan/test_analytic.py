@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from mllm_jax.plan.analytic import Live
 from mllm_jax.plan.roofline import flops
@@ -79,6 +80,8 @@ def test_a_loop_over_layers_keeps_its_states_and_the_gradients_lie_as_parameters
     ((120, 32, 64, 64), 4, {}, (128, 32, 64, 64)),
     ((120, 32, 64, 64), 4, {"apart": (0, 1)}, (120, 32, 64, 128)),
     ((128, 257, 64), 2, {"rows": True}, (128, 264, 128)),
+    ((4, 2048, 32, 64), 2, {}, (4, 2048, 32, 64)),              # 2048 lie along the tiles
+    ((4, 2048, 32, 64), 2, {"minor": 3}, (4, 2048, 32, 128)),
 ])
 def test_arrays_lie_in_tiles(dims, width, more, takes):
     """As the buffer assignment of programs for TPUs has them."""
@@ -100,6 +103,19 @@ def test_what_follows_a_product_is_done_at_its_end_in_the_place_of_what_it_reads
     made = Live(body(back, rows, *big), top=True, within=within)
     size = 8 * 256 * 512 * 4
     assert sum(s for s, key in made.alive if s == size) == hidden * size
+
+
+def test_what_is_made_for_a_kernel_lies_as_it_takes_it():
+    """Queries go through a scale and a transposition before: heads of 64 take the room of 128 there, too."""
+    def f(x):
+        heads = (x @ jnp.ones((128, 128))).reshape(64, 16, 2, 64) * 3
+        q = jnp.transpose(heads, (0, 2, 1, 3))
+        return pl.pallas_call(lambda i, o: None, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype))(q)
+
+    made = body(f, ROWS)
+    by = {op.name: op.outputs[0] for op in made.ops}
+    assert by["mul"].minor == 3 and by["mul"].bytes == 2 * 8 * 16 * 2 * 64 * 4
+    assert made.outputs[0].rows and made.outputs[0].bytes == by["mul"].bytes
 
 
 def test_a_loop_makes_a_mask_of_one_number_itself():
