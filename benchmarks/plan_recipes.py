@@ -198,7 +198,7 @@ def _seconds(s: float) -> str:
 def _findings(found: Mapping[tuple[str, str], Row | None]) -> Iterator[str]:
     """What the audit saw, and what XLA warned of."""
     lines = [f"- {r}, {t}: {re.sub(r'[<|>]', ' ', what)}" for (r, t), row in found.items() if row
-             for what in [*row.get("replicated", ())[:3], *row.get("warnings", ())[:2]]]
+             for what in [*[x for x in row.get("replicated", ()) if "/" in x][:3], *row.get("warnings", ())[:2]]]       # of a known jax operation
     if lines:
         yield from ("", "Replicated tensors above 1 MiB, and warnings of XLA:", "", *lines)
 

@@ -10,6 +10,7 @@ lie so too, at twice the cost of reading it; products of such arrays are slower 
 """
 
 import math
+from functools import partial
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -23,20 +24,32 @@ def once(x: jax.Array) -> jax.Array:
 
 
 def once_back(x: jax.Array) -> jax.Array:
-    """x, whose gradient is made once; both lie as they are written."""
-    return _once_back(x) if platform() == "tpu" else x
+    """x, whose gradient is made once."""
+    return _once_back(x, False) if platform() == "tpu" else x
 
 
-@jax.custom_vjp
-def _once_back(x: jax.Array) -> jax.Array:
-    return _as_written(x)
+def as_written(x: jax.Array) -> jax.Array:
+    """x, whose gradient is made once; in both the last axis lies along lanes, and the first is the slowest.
+
+    The partitioner does not look through this: what comes before and after must be split by other reasons.
+    """
+    return _once_back(x, True) if platform() == "tpu" else x
 
 
-_once_back.defvjp(lambda x: (_as_written(x), None), lambda _, grad: (_as_written(jax.lax.optimization_barrier(grad)),))
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _once_back(x: jax.Array, as_written: bool) -> jax.Array:
+    return _laid(x) if as_written else x
 
 
-def _as_written(x: jax.Array) -> jax.Array:
-    """x, whose last axis lies along lanes, and whose first is the slowest."""
+def _back(as_written: bool, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    grad = jax.lax.optimization_barrier(grad)
+    return (_laid(grad) if as_written else grad,)
+
+
+_once_back.defvjp(lambda x, as_written: (_laid(x) if as_written else x, None), _back)
+
+
+def _laid(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from mllm_jax.nn.block_config import BlockConfig
-from mllm_jax.nn.fusion import once, once_back
+from mllm_jax.nn.fusion import as_written, once
 from mllm_jax.nn.quantized import LayerLinear
 from mllm_jax.nn.remat import keep
 
@@ -31,5 +31,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        y = once_back(keep(self.up(x), "mlp"))
-        return self.down(once(act(y) if self.gate is None else act(once_back(keep(self.gate(x), "mlp"))) * y))
+        y = as_written(keep(self.up(x), "mlp"))
+        return self.down(once(act(y) if self.gate is None else act(as_written(keep(self.gate(x), "mlp"))) * y))

@@ -5,7 +5,7 @@ what a collective makes whole along an axis of the batch, and what the program c
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from mllm_jax.plan.program import Program
 from mllm_jax.sharding import BATCH_AXES, CONTEXT, splitting
 from mllm_jax.types import record
 
+PASSED = ("bitcast", "get-tuple-element", "reshape", "copy", "custom-call", "fusion", "all-gather")
 LARGE = 1 << 20                         # bytes on each chip below which nothing is said
 
 
@@ -63,15 +64,20 @@ def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LA
     telling = shards > 1 and rows not in _numbers(program) and not parts & _of_a_row(program)
     worst: dict[tuple[str, tuple[str, ...]], Replicated] = {}
     for name, body in hlo.computations.items():
+        users = {operand: i for i in reversed(body) for operand in i.operands}         # the first of each
         for i in body:
             axes = _gathered(i, network) or (_all_rows(i, rows, program) if telling else ())
-            if not axes or name.startswith("fused") and not i.collective or "/shard_map/" in i.source:
+            if not axes or name.startswith("fused") and not i.collective:
+                continue
+            # One that is written where it stands (shard_map) is meant.
+            source = _source(i, users)
+            if "/shard_map/" in source:
                 continue
             for a in i.arrays:
                 dims = tuple(d for d in a.dims if d > 1)
                 if a.bytes < large or a.space != HBM or _is_weight(dims, weights):
                     continue
-                one = Replicated(what="activation", name=i.source or i.name, bytes=a.bytes, axes=axes,
+                one = Replicated(what="activation", name=source or i.name, bytes=a.bytes, axes=axes,
                                  shape=f"{a.dtype}[{','.join(map(str, a.dims))}]")
                 key = one.name, axes
                 if key not in worst or worst[key].bytes < one.bytes:
@@ -81,15 +87,21 @@ def of_activations(program: Program, hlo: Hlo, network: Network, large: int = LA
 
 def _gathered(i: Instruction, network: Network) -> tuple[str, ...]:
     """The axes of the batch along which this gathers."""
-    # One that is written where it stands (shard_map) is meant.
-    if i.collective != "all-gather" or "/shard_map/" in i.source:
+    if i.collective != "all-gather":
         return ()
     return tuple(a for a in network.cost(i).axes if a in (*BATCH_AXES, CONTEXT))
 
 
+def _source(i: Instruction, users: Mapping[str, Instruction], steps: int = 6) -> str:
+    """Of the jax operation that this came from; where XLA wrote it anew, as between slices, of what its result is passed on by."""
+    while not i.source and steps and (user := users.get(i.name)) and (user.op in PASSED or user.op.endswith(("-done", "-update"))):
+        i, steps = user, steps - 1
+    return i.source
+
+
 def _all_rows(i: Instruction, rows: int, program: Program) -> tuple[str, ...]:
-    """The axes of the batch, if this makes an array of all its rows."""
-    if i.op in ("parameter", "tuple", "get-tuple-element", "constant", "while", "bitcast") or i.op in COLLECTIVES:
+    """The axes of the batch, if this makes an array of all its rows; XLA's own copies of a part make none."""
+    if i.op in ("parameter", "tuple", "get-tuple-element", "constant", "while", "bitcast") or i.op in COLLECTIVES or not i.source:
         return ()
     there = any(a.dims and a.dims[0] == rows for a in i.arrays)
     return tuple(a for a in BATCH_AXES if program.mesh.shape.get(a, 1) > 1) if there else ()
@@ -111,7 +123,7 @@ def _of_a_row(program: Program) -> set[int]:
 def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:
     """Dimensions of parameters whole and of their shards along every part of the axes, of all layers and of one; sorted, without ones."""
     out = set()
-    sizes = [n for n in program.mesh.shape.values() if n > 1]
+    sizes = {n for size in program.mesh.shape.values() for n in range(2, size + 1) if size % n == 0}      # an axis may be gathered in steps
     for x in jax.tree.leaves((program.state.params, program.state.frozen)):
         for shape in (x.shape, x.shape[1:]):
             out.add(_plain(shape))
