@@ -39,7 +39,7 @@ WIDTH = 4096                            # of the decoder, which is what fsdp spl
 COLOURS = ("#2f6db3", "#d08a3c", "#4f9d8f", "#b23a34", "#8a6fb0", "#8b949e")
 
 
-def jobs(chips: Sequence[int], flags: str = "none") -> Iterator[tuple[int, str, Job]]:
+def jobs(chips: Sequence[int], flags: str = "auto") -> Iterator[tuple[int, str, Job]]:
     """(chips, way, what to plan); two ways may be one mesh."""
     for n in chips:
         for way, mesh_of in WAYS.items():
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="*", type=int, default=list(SLICES), choices=list(SLICES), metavar="N", help="16, 64, 256, 1024, 6144")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--plot", type=Path, default=PLOT, metavar="FILE", help="where the plot is written (docs/scaling.svg)")
-    parser.add_argument("--flags", default="none", metavar="SETS", help="flags of XLA's compiler (docs/performance.md); none hides no collective")
+    parser.add_argument("--flags", default="auto", metavar="SETS", help="flags of XLA's compiler (docs/performance.md); none hides no collective")
     plans.add_arguments(parser, FILE, PAGE)
     args = parser.parse_args()
     todo = [x for x in jobs(args.chips, args.flags) if x[1] in args.ways]
