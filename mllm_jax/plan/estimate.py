@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from mllm_jax.chips import Chip
 from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Array, Hlo, Instruction, arrays, closing
 from mllm_jax.plan.network import Cost, Network, inside
-from mllm_jax.plan.work import FREE, Work
+from mllm_jax.plan.work import FREE, Work, attention
 
 ERROR = 0.15                            # of a step's time, either way: see the docstring
 HBM_EFFICIENCY = 0.90                   # of the memory's rate; 0.95 where nothing but the sum of all transfers is known
@@ -297,14 +297,11 @@ def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, flo
     said = {key: float(n) for key, n in re.findall(r'(flops|transcendentals)\\?"?:\s*\\?"?(\d+)', i.attr(r"cost_estimate(.*?\})") or "")}
     if ("flash_fwd" in i.name or "flash_bwd" in i.name) and said.get("transcendentals"):
         # nn/flash.py counts the pairs that are looked at, each with one exponential.
-        backward = "flash_bwd" in i.name
-        cycles, width = chip.flash[backward], said["flops"] / said["transcendentals"] / (10 if backward else 4)
-        wide = max(width, 128) / 128
+        seconds, width = attention(chip, said["flops"], said["transcendentals"], backward="flash_bwd" in i.name)
         part = _frames(replay, big, width, said["transcendentals"])
-        seconds = part * said["transcendentals"] / 512**2 * cycles * wide / chip.clock / chip.cores
         replay.out.notes["attention was taken to need all pairs that are not ahead" if part == 1 else
                          "attention of packed patches was taken to need those of their own frame, and the blocks that it begins and ends in"] += 1
-        return max(seconds, memory), part * said["flops"], moved
+        return max(part * seconds, memory), part * said["flops"], moved
     if ("splash" in i.name or "flash" in i.name) and len(big) > 1:
         seconds, flops = splash(chip, i, big[0].dims, big[1].dims, causal=any(a.dtype == "s8" for a in given))
         replay.out.notes["splash attention was costed by its blocks, of which half are left out where it is causal"] += 1

@@ -65,10 +65,10 @@ def passes(program: programs.Program) -> programs.Compiled:
     compiler = Thread(target=run, name="compiler", daemon=True)
     compiler.start()
     try:
-        while not (text := _read(folder)):
-            if not compiler.is_alive() and not (text := _read(folder)):
-                break
+        ended, text = False, ""
+        while not text and not ended:
             time.sleep(PAUSE)
+            ended, text = not compiler.is_alive(), _read(folder)        # in this order: what was written before the end is read
         refusal = programs.refused(failed[0]) if failed and not text else ""
         sizes = None if refusal else Sizes.of_dump(next(folder.glob(BUFFERS)).read_text())
     finally:

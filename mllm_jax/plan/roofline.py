@@ -11,10 +11,10 @@ from mllm_jax.plan.analytic import Live
 from mllm_jax.plan.network import DCN_LATENCY, Network
 from mllm_jax.plan.topology import Chip
 from mllm_jax.plan.traced import Op, Value, base, flat
+from mllm_jax.plan.work import attention
 from mllm_jax.types import record
 
 MEMORY = 0.8                            # of its peak
-PAIRS = 512**2                          # pairs of a block, for which Chip.flash has the cycles
 
 
 @record
@@ -81,9 +81,7 @@ class Clock:
         if cost is None:
             return 0.0
         if "flash" in name and cost.transcendentals:
-            backward = "bwd" in name
-            wide = max(cost.flops / cost.transcendentals / (10 if backward else 4), 128) / 128
-            return cost.transcendentals / PAIRS * chip.flash[backward] * wide / chip.clock / chip.cores
+            return attention(chip, cost.flops, cost.transcendentals, backward="bwd" in name)[0]
         return cost.flops / chip.peak / 0.6
 
     def summed(self, op: Op) -> Roof:

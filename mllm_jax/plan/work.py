@@ -5,6 +5,7 @@ import math
 import re
 from collections import defaultdict
 
+from mllm_jax.chips import Chip
 from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Array, Hlo, Instruction
 
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all", "opt-barrier",
@@ -190,6 +191,12 @@ def program_flops(hlo: Hlo, turns: int = 1) -> float:
         return found
 
     return total(hlo.entry)
+
+
+def attention(chip: Chip, flops: float, pairs: float, *, backward: bool) -> tuple[float, float]:
+    """(seconds, numbers of a head) of a kernel of nn/flash_kernel.py, by what it says of itself: operations, and pairs that it looks at."""
+    width = flops / pairs / (10 if backward else 4)         # two products forward, five backward
+    return pairs / 512**2 * chip.flash[backward] * max(width, 128) / 128 / chip.clock / chip.cores, width
 
 
 @functools.lru_cache(None)
