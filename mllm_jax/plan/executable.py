@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import jax
 from jaxlib import _hlo
 
+from mllm_jax.plan.hlo import HBM, HOST
 from mllm_jax.types import record
 
 RIEGELI = bytes.fromhex("83af70d10d884a3f")         # of a file's first block; every 64 KiB one of these headers follows
 BLOCK, HEADER = 1 << 16, 24
-HOST = "5"                              # the color of buffers in the memory of the host
 COMPUTATIONS, INSTRUCTIONS, OPCODE, OPERANDS = 3, 2, 2, 36
 
 Field = tuple[int, int, int | tuple[int, int] | None, int, int]     # number, wire type, value or its place, start, end
@@ -45,10 +45,10 @@ class Sizes:
         """Of the buffer assignment that XLA dumps."""
         total: Counter[str] = Counter()
         for size, color, rest in re.findall(r"^allocation \d+: size (\d+),(?: color (\d+),)?([^\n]*)", text, re.M):
-            if color in ("", "0", HOST):
+            if (space := int(color or HBM)) in (HBM, HOST):
                 given, taken = " parameter " in rest, "maybe-live-out" in rest
                 kinds = ["arguments"] * given + ["outputs"] * taken + ["shared"] * (given and taken) + ["temporaries"] * ("preallocated-temp" in rest)
-                total.update({"host" if color == HOST else kind: int(size) for kind in kinds})
+                total.update({"host" if space == HOST else kind: int(size) for kind in kinds})
         return cls(**{k: total[k] for k in ("arguments", "temporaries", "outputs", "shared", "host")})
 
 
