@@ -9,7 +9,6 @@ model of one of PAIRS is more than 5 % off; those of UNSEEN, which no rule of th
 """
 
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ from mllm_jax.plan import program as programs
 from mllm_jax.plan.analytic import needs
 from mllm_jax.plan.passes import quick
 from mllm_jax.plan.topology import topology
-from mllm_jax.recipe import Recipe
 
 # name: recipe, stage (None: the last), topology, layout, overrides
 PAIRS = {
@@ -66,17 +64,13 @@ WITHIN = 0.05
 
 
 def lowered(recipe: str, stage: str | None, on: str, layout: str, *overrides: str) -> programs.Program:
-    made = changed(recipe, *overrides)
+    made = override(load(recipe), *overrides)
     return programs.lower(made, made.stage_name(stage), layouts.find(layout, "tpu"), list(topology(on).devices))
-
-
-def changed(recipe: str, *overrides: str) -> Recipe:
-    return functools.reduce(override, overrides, load(recipe))
 
 
 def measured(recipe: str, stage: str | None, on: str, layout: str, *overrides: str) -> dict:
     """Of the compiler; `total` is missing where it refuses."""
-    plan = quick(recipe, changed(recipe, *overrides), stage, topology(on), layouts.find(layout, "tpu"))
+    plan = quick(recipe, override(load(recipe), *overrides), stage, topology(on), layouts.find(layout, "tpu"))
     if not plan.fits:
         return {"refusal": plan.refusal[:200]}
     return {"total": plan.memory.total, "arguments": plan.memory.arguments}

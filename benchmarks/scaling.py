@@ -56,8 +56,8 @@ def one(job: Job) -> Row:
     from mllm_jax.plan.topology import topology
 
     on, recipe = topology(job["topology"]), load(RECIPE)
-    for field, value in (SHAPE | {"batch_size": len(on.devices)}).items():
-        recipe = override(recipe, f"stages.{STAGE}.data.{field}={value}")
+    shape = SHAPE | {"batch_size": len(on.devices)}
+    recipe = override(recipe, *(f"stages.{STAGE}.data.{field}={value}" for field, value in shape.items()))
     words = ",".join([f"auto:remat={REMAT},flags={job['flags']}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
     return plans.summary(quick(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)))
 

@@ -114,8 +114,7 @@ def find(name: str, platform: str) -> Layout:
         if row != "auto" and row not in LAYOUTS:
             raise ConfigError(f"no layout is called {row!r}; nearest: {nearest(row, ['auto', *LAYOUTS])}; a file's name ends in .json")
         layout = auto(platform) if row == "auto" else LAYOUTS[row]
-    for change in filter(None, re.split(r",(?![^()]*\))", changes)):
-        layout = override(layout, change)
+    layout = override(layout, *filter(None, re.split(r",(?![^()]*\))", changes)))
     if name.partition(":")[0] in LAYOUTS:
         check_quantized(layout.quantize, machine(name).chip)
     return layout

@@ -74,17 +74,19 @@ def load(name: str) -> Any:
         raise ConfigError(f"{name}: no knob of {path} can be {error.args[0]!r}; configs/{path}.py has the values") from error
 
 
-def override(cfg: T, assignment: str) -> T:
-    """`cfg` with one field changed, for example `stages.instruct.optimizer.lr=1e-5`.
+def override(cfg: T, *assignments: str) -> T:
+    """`cfg` with fields changed, one after another, for example by `stages.instruct.optimizer.lr=1e-5`.
 
     Raises:
       ConfigError: the path names a field that does not exist (the message lists the nearest ones), or
         the new value does not fit the type of the field.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise ConfigError(f"{assignment!r} is not an override; write path.to.field=value")
-    return _set(cfg, path.split("."), parse(text), path, type(cfg))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r} is not an override; write path.to.field=value")
+        cfg = _set(cfg, path.split("."), parse(text), path, type(cfg))
+    return cfg
 
 
 def compare(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -64,10 +64,7 @@ def load_recipe(name: str, overrides: list[str] = (), *, tiny: bool = False) -> 
     from mllm_jax import config
 
     recipe = config.load(name)
-    recipe = recipe.tiny() if tiny else recipe
-    for assignment in overrides:
-        recipe = config.override(recipe, assignment)
-    return recipe
+    return config.override(recipe.tiny() if tiny else recipe, *overrides)
 
 
 def run_name(recipe: str, *, tiny: bool) -> str:
@@ -95,8 +92,7 @@ def open_model(source: str, layout: Any, changes: list[str] = ()) -> tuple[Any, 
     from mllm_jax.config import override
     from mllm_jax.hf.family import parameter_shapes
 
-    for assignment in changes:
-        cfg = override(cfg, assignment)
+    cfg = override(cfg, *changes)
     shapes = parameter_shapes(cfg)
     if odd := sorted(k for k in shapes.keys() | params.keys() if k not in params or shapes.get(k) != params[k].shape):
         raise ConfigError(f"--set {' --set '.join(changes)} changes the shapes of parameters, {odd[0]} first; the trained weights do "

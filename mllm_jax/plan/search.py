@@ -73,7 +73,7 @@ def search(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: L
 
     def look(one: Candidate) -> tuple[Candidate, float]:
         since = time.monotonic()
-        return replace(one, plan=quick(name, _changed(recipe, one.overrides), stage, on, one.layout, options)), time.monotonic() - since
+        return replace(one, plan=quick(name, override(recipe, *one.overrides), stage, on, one.layout, options)), time.monotonic() - since
 
     with ThreadPoolExecutor(wanted.jobs) as pool:
         running: set[Future] = set()
@@ -148,7 +148,7 @@ class Base:
 def bases(recipe: Recipe, stage: str, on: Topology, layout: Layout, lengths: Sequence[int] = ()) -> list[Base]:
     out = []
     for overrides in variants(recipe, stage, lengths):
-        changed = _changed(recipe, overrides)
+        changed = override(recipe, *overrides)
         for mesh in meshes(changed, stage, on):
             one = replace(layout, mesh=mesh, slices=on.slices, remat="full", microbatches=1)
             program = programs.lower(changed, stage, one, list(on.devices))
@@ -216,7 +216,7 @@ def _experts(model: object) -> int:
 
 def remarks(recipe: Recipe, stage: str, on: Topology, best: Candidate) -> Iterator[str]:
     """What the user should know of the choice, a line each."""
-    data, shards = _changed(recipe, best.overrides).stages[stage].data, math.prod(best.layout.mesh.values()) * on.slices
+    data, shards = override(recipe, *best.overrides).stages[stage].data, math.prod(best.layout.mesh.values()) * on.slices
     if (tensor := best.layout.mesh.get("tensor", 1) * best.layout.mesh.get(CONTEXT, 1)) > 1:
         yield (f"{data.batch_size} rows are too few for {shards} chips: {tensor} chips share each row; "
                f"stages.{stage}.data.batch_size={data.batch_size * tensor} would use them better")
@@ -239,9 +239,3 @@ def table(found: Sequence[Candidate], most: int = 12) -> Iterator[str]:
         yield line + (f"  {'does not fit':>16}" if c.fits is False else "")
     if len(found) > most:
         yield f"  and {len(found) - most} more, slower by the model"
-
-
-def _changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    for one in overrides:
-        recipe = override(recipe, one)
-    return recipe

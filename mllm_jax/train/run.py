@@ -88,9 +88,7 @@ def restore_params(folder: Path, layout: Layout | None = None) -> tuple[Recipe, 
         raise ConfigError(f"{folder} holds no run: there is no recipe.json in it")
     facts = json.loads((folder / "recipe.json").read_text())
     recipe = load(facts["name"])
-    recipe = recipe.tiny() if facts["tiny"] else recipe
-    for assignment in facts["overrides"]:
-        recipe = override(recipe, assignment)
+    recipe = override(recipe.tiny() if facts["tiny"] else recipe, *facts["overrides"])
     name = last_stage(folder, recipe)
     options = RunOptions(name=facts["name"], out=folder, layout=layout or Layout())
     mesh = options.layout.make_mesh()
