@@ -121,12 +121,16 @@ def _of_a_row(program: Program) -> set[int]:
 
 
 def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:
-    """Dimensions of parameters whole and of their shards along every part of the axes, of all layers and of one; sorted, without ones."""
+    """Dimensions of parameters whole, of their shards along every part of the axes, and of all shards side by side; of all layers and of one.
+
+    Sorted, without ones.
+    """
     out = set()
     sizes = {n for size in program.mesh.shape.values() for n in range(2, size + 1) if size % n == 0}      # an axis may be gathered in steps
     for x in jax.tree.leaves((program.state.params, program.state.frozen)):
-        for shape in (x.shape, x.shape[1:]):
-            out.add(_plain(shape))
+        shard = x.sharding.shard_shape(x.shape)
+        for shape, part in ((x.shape, shard), (x.shape[1:], shard[1:])):
+            out |= {_plain(shape), _plain((math.prod(shape) // math.prod(part), *part))}
             for n in sizes:                         # still split along another axis
                 out |= {_plain((*shape[:k], d // n, *shape[k + 1:])) for k, d in enumerate(shape) if d % n == 0}
     return out

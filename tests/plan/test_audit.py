@@ -58,6 +58,28 @@ def program_of(function, batch: int) -> SimpleNamespace:
     return program, Hlo(text), Network(CHIPS["v5e"], [(k, 0, 0, 0) for k in range(8)], {"fsdp": 8})
 
 
+GATHER = """HloModule jit_step
+
+ENTRY %main (p: f32[16,{0}]) -> f32[8,16,{0}] {{
+  %p = f32[16,{0}]{{1,0}} parameter(0)
+  ROOT %gathered = f32[8,16,{0}]{{2,1,0}} all-gather(%p), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}, metadata={{op_name="dot"}}
+}}
+"""
+
+
+def test_a_weight_that_is_gathered_along_two_axes_at_once_is_a_weight():
+    """XLA puts the shards side by side, in a shape that no weight has."""
+    layout = sharding.Layout(mesh={"fsdp": 2, "context": 4})
+    mesh = layout.make_mesh()
+    w = jax.ShapeDtypeStruct((32, 16), "float32", sharding=jax.sharding.NamedSharding(mesh, jax.P("fsdp", "context")))
+    program = SimpleNamespace(mesh=mesh, layout=layout, stage=SimpleNamespace(data=SimpleNamespace(batch_size=24)),
+                              state=SimpleNamespace(params={"w": w}, frozen={}), spec=SimpleNamespace(seq_len=512, media={}))
+    network = Network(CHIPS["v5e"], [(k, 0, 0, 0) for k in range(8)], {"fsdp": 2, "context": 4})
+    assert not of_activations(program, Hlo(GATHER.format(4)), network, large=1 << 8)
+    [other] = of_activations(program, Hlo(GATHER.format(5)), network, large=1 << 8)
+    assert other.shape == "f32[8,16,5]" and other.axes == ("fsdp", "context")
+
+
 def test_rows_that_are_gathered_are_seen_and_weights_that_are_gathered_are_not():
     everywhere = lambda x: jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(sharding.Layout(mesh={"fsdp": 8}).make_mesh(), jax.P()))
     apart = program_of(lambda x, w: jnp.tanh(x @ w), 24)
