@@ -159,7 +159,7 @@ class ViT(nnx.Module):
         cfg = self.cfg
         if patches.dtype == jnp.uint8:
             patches = normalize(patches, cfg.mean, cfg.std)
-        x = self.patch(patches)
+        x = constrain(self.patch(patches), "item patch embed_act")
         table = self.position[...]
         if cfg.table not in (None, cfg.grid):
             table = jnp.concatenate([table[: cfg.class_token], interpolate(table[cfg.class_token:], cfg.grid)])
