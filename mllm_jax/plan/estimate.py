@@ -120,11 +120,11 @@ class Replay:
         chip = self.chip
         if i.op in FREE:
             return 0.0, 0.0, "scalar", 0.0
-        if i.op == "custom-call":
-            if "tpu_custom_call" not in i.attrs:
-                return 0.0, 0.0, "scalar", 0.0
-            seconds, flops, moved = pallas(self, name, i)
+        if kernel := _kernel(self.hlo, name, i):
+            seconds, flops, moved = pallas(self, *kernel)
             return seconds + OVERHEAD, flops, "pallas", moved
+        if i.op == "custom-call":
+            return 0.0, 0.0, "scalar", 0.0
         flops = self.work.flops(name, i)
         if max((a.elems for a in i.arrays), default=0) <= 128 and not flops:
             return SCALAR, 0.0, "scalar", 0.0
@@ -288,6 +288,13 @@ class _Turn:
         return True
 
 
+def _kernel(hlo: Hlo, name: str, i: Instruction) -> tuple[str, Instruction] | None:
+    """(computation, instruction) of the Pallas kernel that this is; XLA fuses one with the update of an array that what it gives goes into."""
+    if i.op == "fusion":
+        return next(filter(None, (_kernel(hlo, i.calls, j) for j in hlo.body(i.calls))), None)
+    return (name, i) if i.op == "custom-call" and "tpu_custom_call" in i.attrs else None
+
+
 def pallas(replay: Replay, name: str, i: Instruction) -> tuple[float, float, float]:
     """(seconds, operations, bytes of HBM) of a kernel of ours or of jax."""
     chip, given = replay.chip, replay.hlo.inputs(name, i)
@@ -317,8 +324,9 @@ def _frames(replay: Replay, big: Sequence[Array], width: float, pairs: float) ->
     if not replay.frames:
         return 1.0
     queries, keys = math.prod(big[0].dims) / width, big[1].dims[-2]
-    frame = next((frame for n, frame in replay.frames.items() if n <= keys < 2 * n), None)
-    return 1.0 if frame is None or pairs < queries * keys else min(1.0, (frame + 2 * 512) / keys)
+    row = max(keys, big[0].dims[-2])                # of which the backward kernel may have a chunk of the keys
+    frame = next((frame for n, frame in replay.frames.items() if n <= row < 2 * n), None)
+    return 1.0 if frame is None or pairs < queries * keys else min(1.0, (frame + 2 * 512) / row)
 
 
 def splash(chip: Chip, i: Instruction, q: tuple[int, ...], k: tuple[int, ...], *, causal: bool) -> tuple[float, float]:

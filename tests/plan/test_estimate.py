@@ -136,24 +136,32 @@ def test_a_loop_takes_its_turns(known, bound, turns, times):
     assert bool(out.notes) == (turns == 3)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("kernel", "products", "cycles"), [("flash_fwd", 2, 1452), ("transpose_jvp_flash_bwd__", 5, 2855)])
-def test_attention_takes_cycles_for_each_pair_of_blocks(kernel, products, cycles):
-    """Of 32 heads with half of 2048 x 2048 pairs."""
+def test_attention_takes_cycles_for_each_pair_of_blocks(kernel, products, cycles, fused):
+    """Of 32 heads with half of 2048 x 2048 pairs; also where XLA made one fusion of it and the update of what all layers keep."""
     pairs = 32 * 2048**2 // 2
     cost = f'"cost_estimate":{{"flops":"{2 * products * pairs * 128}","transcendentals":"{pairs}","bytes_accessed":"1"}}'
-    out = replay(f'  ROOT %{kernel}.1 = bf16[1,32,2048,128]{{3,2,1,0}} custom-call(%x), custom_call_target="tpu_custom_call", '
-                 f"backend_config={{{cost}}}\n")
+    shape = "bf16[1,32,2048,128]{3,2,1,0}"
+    call = f'  ROOT %{kernel}.1 = {shape} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={{{cost}}}\n'
+    if fused:
+        inside = f"%kept (x: {BIG[:14]}) -> {shape[:-9]} {{\n  %x = {BIG} parameter(0)\n{call}}}\n"
+        out = replay(f"  ROOT %{kernel}.2 = {shape} fusion(%x), kind=kCustom, calls=%kept\n", inside)
+    else:
+        out = replay(call)
     assert out.flops == 2 * products * pairs * 128
     assert out.seconds == pytest.approx(32 * 8 * cycles / V5E.clock + OVERHEAD)
 
 
-@pytest.mark.parametrize(("share", "part"), [(1.0, (576 + 1024) / 8192), (0.5, 1.0)])
-def test_packed_patches_see_those_of_their_frame(share, part):
-    """Of 8,192 patches in frames of 576: whole blocks of a frame's neighbourhood; a causal kernel of that length is none of patches."""
-    rows, pairs = "bf16[1,16,8192,128]{3,2,1,0}", 16 * 8192**2 * share
+@pytest.mark.parametrize(("chunk", "share", "part"), [(8192, 1.0, (576 + 1024) / 8192), (2048, 1.0, (576 + 1024) / 8192), (8192, 0.5, 1.0)])
+def test_packed_patches_see_those_of_their_frame(chunk, share, part):
+    """Of 8,192 patches in frames of 576: whole blocks of a frame's neighbourhood, of all keys or of a chunk; a causal kernel of that length
+    is none of patches."""
+    rows, keys, pairs = "bf16[1,16,8192,128]{3,2,1,0}", f"bf16[1,16,{chunk},128]{{3,2,1,0}}", 16 * 8192 * chunk * share
     cost = f'"cost_estimate":{{"flops":"{512 * pairs:.0f}","transcendentals":"{pairs:.0f}","bytes_accessed":"1"}}'
     text = (f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {rows[:-10]}) -> {rows[:-10]} {{\n  %x = {rows} parameter(0)\n"
-            f'  ROOT %flash_fwd.1 = {rows} custom-call(%x, %x), custom_call_target="tpu_custom_call", backend_config={{{cost}}}\n}}\n')
+            f'  %y = {keys} constant(0)\n'
+            f'  ROOT %flash_fwd.1 = {rows} custom-call(%x, %y), custom_call_target="tpu_custom_call", backend_config={{{cost}}}\n}}\n')
     out = Replay(Hlo(text), V5E, NET, frames={8192: 576}).out
     assert out.seconds == pytest.approx(part * pairs / 512**2 * V5E.flash[0] / V5E.clock + OVERHEAD)
     assert out.flops == pytest.approx(part * 512 * pairs, abs=512)
