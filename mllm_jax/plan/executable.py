@@ -1,13 +1,14 @@
 """What a compiler tells of a program: the sizes of its buffers, and the optimised HLO, also where `as_text` fails.
 
 jaxlib 0.10.2 does not read an `async-update` with several operands, which libtpu 0.0.51 writes where collectives run on
-the sparse core.  The module is inside the serialised executable: it is found there, all operands but the first are left
-out of those instructions, and it is printed.  Fields of the messages by number: xla/service/hlo.proto.
+the sparse core, nor an `async-done` of what the turn of a loop before has started.  The module is inside the serialised
+executable: it is found there, all operands but the first are left out of the former, the latter becomes a `copy-done`,
+and it is printed.  Fields of the messages by number: xla/service/hlo.proto.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from jaxlib import _hlo
@@ -17,7 +18,8 @@ from mllm_jax.types import record
 
 RIEGELI = bytes.fromhex("83af70d10d884a3f")         # of a file's first block; every 64 KiB one of these headers follows
 BLOCK, HEADER = 1 << 16, 24
-COMPUTATIONS, INSTRUCTIONS, OPCODE, OPERANDS = 3, 2, 2, 36
+COMPUTATIONS, INSTRUCTIONS, OPCODE, ID, OPERANDS, CALLED = 3, 2, 2, 35, 36, 38
+STARTED = (b"async-start", b"async-update")
 
 Field = tuple[int, int, int | tuple[int, int] | None, int, int]     # number, wire type, value or its place, start, end
 
@@ -54,9 +56,13 @@ class Sizes:
 
 def hlo_text(executable: jax.stages.Compiled) -> str:
     device = next(iter(jax.tree.leaves(executable.input_shardings)[0].device_set))
-    # The failure of others is a page on stderr.
+    # What others have is not asked for: the failure is a page on stderr.
     if device.platform != "tpu" or "lite" in device.device_kind and "v5" in device.device_kind:
-        return executable.as_text()
+        try:
+            return executable.as_text()
+        except jax.errors.JaxRuntimeError:
+            if device.platform != "tpu":
+                raise
     data = _joined(executable._executable.xla_executable.serialize())
     for name in sorted(set(re.findall(rb"jit_[A-Za-z0-9_]+", data)), key=len):
         if found := _module(data, name):
@@ -91,29 +97,42 @@ def _module(data: bytes, name: bytes) -> tuple[int, int] | None:
 
 
 def _mended(data: bytes, start: int, end: int, level: int) -> bytes:
-    out = bytearray()
-    for number, wire, value, begin, stop in _fields(data, start, end):
+    out, parts = bytearray(), list(_fields(data, start, end))
+    opcodes = dict(_named(data, *value) for number, _, value, *_ in parts if number == INSTRUCTIONS) if level else {}
+    for number, wire, value, begin, stop in parts:
         if wire == 2 and number == (COMPUTATIONS, INSTRUCTIONS)[level]:
-            inner = _mended(data, *value, 1) if level == 0 else _instruction(data, *value)
-            out += _number(number << 3 | 2) + _number(len(inner)) + inner
+            inner = _mended(data, *value, 1) if level == 0 else _instruction(data, *value, opcodes)
+            out += _message(number, inner)
         else:
             out += data[begin:stop]
     return bytes(out)
 
 
-def _instruction(data: bytes, start: int, end: int) -> bytes:
-    fields = list(_fields(data, start, end))
-    opcode = next((data[slice(*value)] for number, _, value, *_ in fields if number == OPCODE), b"")
+def _named(data: bytes, start: int, end: int) -> tuple[int, bytes]:
+    """(id, opcode) of an instruction."""
+    found = {number: value for number, _, value, *_ in _fields(data, start, end) if number in (OPCODE, ID)}
+    return found.get(ID, 0), data[slice(*found[OPCODE])] if OPCODE in found else b""
+
+
+def _instruction(data: bytes, start: int, end: int, opcodes: Mapping[int, bytes]) -> bytes:
+    opcode, fields = _named(data, start, end)[1], list(_fields(data, start, end))
     if opcode not in (b"async-update", b"async-done"):
         return data[start:end]
-    out, seen = bytearray(), False
-    for number, wire, value, begin, stop in fields:
-        if number != OPERANDS:
+    first = next(_varint(data, value[0])[0] if wire == 2 else value for number, wire, value, *_ in fields if number == OPERANDS)
+    known, out, seen = opcodes.get(first) in STARTED, bytearray(), False
+    for number, _, _, begin, stop in fields:
+        if number == OPERANDS:
+            out += b"" if seen else _message(OPERANDS, _number(first))
+            seen = True
+        elif known or number not in (OPCODE, CALLED):
             out += data[begin:stop]
-        elif not seen:
-            seen, first = True, _number(_varint(data, value[0])[0] if wire == 2 else value)
-            out += _number(OPERANDS << 3 | 2) + _number(len(first)) + first
+        elif number == OPCODE:
+            out += _message(OPCODE, b"copy-done")
     return bytes(out)
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _number(number << 3 | 2) + _number(len(content)) + content
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[Field]:
