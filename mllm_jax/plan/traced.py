@@ -384,7 +384,7 @@ def _gather(params: Mapping, given: list[Value]) -> None:
 
 
 SAME = {"reshape", "squeeze", "expand_dims", "name", "copy", "stop_gradient", "reduce_precision", "sharding_constraint", "reshard",
-        "optimization_barrier", "copy_p"}
+        "optimization_barrier", "layout_constraint", "copy_p"}
 RULES: dict[str, Callable[[Mapping, list[Value], Value], Axes]] = {
     "sharding_constraint": lambda p, given, out: axes_of(p["sharding"].spec, len(out.shape), out.sizes),
     "broadcast_in_dim": _broadcast,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mllm_jax.plan.analytic import Live
 from mllm_jax.plan.roofline import flops
@@ -103,6 +104,25 @@ def test_what_follows_a_product_is_done_at_its_end_in_the_place_of_what_it_reads
     made = Live(body(back, rows, *big), top=True, within=within)
     size = 8 * 256 * 512 * 4
     assert sum(s for s, key in made.alive if s == size) == hidden * size
+
+
+@pytest.mark.parametrize("laid", [lambda x: x, lambda x: with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))], ids=["", "laid"])
+def test_gradients_of_weights_wait_for_the_last_kernel(laid):
+    """Where collectives run apart, so that the activation and its gradient are there beside the kernel; how an array is to lie makes no other."""
+    rows, big = ((64, 256, 1 << 10), (("data", "fsdp"),)), ((1 << 10, 1 << 9), ("fsdp", None))
+
+    def back(x, w, v):
+        grad = jnp.broadcast_to(x, x.shape) * 2 @ v.T
+        hidden = laid(x @ w)
+        of_v = jnp.einsum("bsf,bsd->fd", jnp.tanh(hidden), x)
+        grad_hidden = laid(jax.lax.optimization_barrier(grad * (1 - jnp.tanh(hidden)**2)))
+        of_w = jnp.einsum("bsd,bsf->df", x, grad_hidden)
+        return pl.pallas_call(lambda x, y: None, jax.ShapeDtypeStruct((64, 1024, 1 << 10), "float32"))(grad_hidden @ w.T), of_v, of_w
+
+    made = Live(body(back, rows, big, ((1 << 9, 1 << 10), (None, "fsdp"))), top=True)
+    assert made.body.ops[made.at].name == "pallas_call"
+    size = 8 * 256 * 512 * 4
+    assert sum(s for s, key in made.alive if s == size) == 2 * size
 
 
 def test_what_is_made_for_a_kernel_lies_as_it_takes_it():
