@@ -80,7 +80,7 @@ def attempts(name: str, recipe: Any, stage: str, on: Any, words: Sequence[str]) 
     from mllm_jax.plan.search import Wanted, search
 
     options = Options(measure=0)
-    if "context" not in words[0]:               # a search splits no rows along their positions
+    if "context" not in words[0]:               # else that is known already
         found = search(name, recipe, stage, on, layouts.find("auto", "tpu"), options, Wanted(most=2, jobs=1))
         yield from (c.plan for c in found if c.plan)
     for each in words:

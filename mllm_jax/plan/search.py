@@ -8,7 +8,7 @@ say of one corrects the model for the next, until none can be better or the time
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -26,10 +26,11 @@ from mllm_jax.types import record
 
 POLICIES = ("full", "attention", "qkv+attention", "qkv+attention+out", "qkv+attention+mlp", "qkv+attention+out+mlp")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
-TENSOR = (1, 2, 4, 8, 16)               # chips that may share rows
+SHARING = (1, 2, 4, 8, 16)              # chips that may share rows
 FSDP = 64                               # chips over which parameters are split at least, where there are more
 USABLE = 0.975                          # of a chip's memory, for a program
 DOUBT = 1.06                            # the model's needs may be so many times too large
+HOPELESS = 2.0                          # and what needs so many times what there is is not tried
 CLOSE = 1.03                            # what the model takes for so much slower may be the fastest
 MORE = 1.1                              # times what there is: taken of a program that does not fit
 
@@ -68,7 +69,7 @@ def search(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: L
       ConfigError: no such stage, or its rows divide over no mesh of these chips.
     """
     began, stage = time.monotonic(), recipe.stage_name(stage)
-    left = sorted((c for base in bases(recipe, stage, on, layout, wanted.rows) for c in base.candidates()), key=lambda c: c.seconds)
+    left = Left([c for base in bases(recipe, stage, on, layout, wanted.rows, least) for c in base.candidates()] for least in SHARING)
     done, limit, ratio, slowest = [], on.chip.hbm * USABLE, Ratio(), 0.0
 
     def look(one: Candidate) -> tuple[Candidate, float]:
@@ -81,10 +82,9 @@ def search(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: L
             best = min((c.plan.step_seconds for c in done if c.fits), default=math.inf)
             in_time = not done or time.monotonic() - began + slowest < wanted.budget
             while len(running) < wanted.jobs and len(done) + len(running) < wanted.most and in_time:
-                one = _next(left, ratio, limit, best, desperate=not done and not running)
+                one = left.take(ratio, limit, best, alone=not running)
                 if one is None:
                     break
-                left.remove(one)
                 running.add(pool.submit(look, one))
             if not running:
                 break
@@ -96,13 +96,43 @@ def search(name: str, recipe: Recipe, stage: str | None, on: Topology, layout: L
                 memory = one.plan.memory.total if one.fits else max(limit * MORE, one.needs * ratio.memory)
                 ratio = Ratio(time=one.plan.estimate.seconds / one.seconds if one.fits else ratio.time, memory=memory / one.needs)
     key = lambda c: (0, c.plan.step_seconds) if c.fits else (1 if c.fits is None else 2, c.seconds)
-    return sorted([*done, *(c for c in left if c.needs * ratio.memory <= limit * DOUBT)], key=key)
+    return sorted([*done, *(c for c in left.all if c.needs * ratio.memory <= limit * DOUBT)], key=key)
 
 
-def _next(left: Sequence[Candidate], ratio: "Ratio", limit: float, best: float, desperate: bool) -> Candidate | None:
-    """The first by the model that may fit and may be the best; if nothing may fit, what needs least."""
-    found = next((c for c in left if c.needs * ratio.memory <= limit * DOUBT and c.seconds * ratio.time < best * CLOSE), None)
-    return min(left, key=lambda c: c.needs, default=None) if found is None and desperate else found
+class Left:
+    """Candidates that were not looked at; `wider` gives more of them, for when none of those before fits."""
+
+    def __init__(self, wider: Iterable[list[Candidate]]):
+        self.all, self.wider = [], iter(wider)
+        self.asked = self.tried = False
+        self._widen()
+
+    def take(self, ratio: "Ratio", limit: float, best: float, alone: bool) -> Candidate | None:
+        """The first by the model that may fit and may be the best; where nothing does and none is being looked at (`alone`), what needs least
+        is tried once, unless that is far too much, before there are more."""
+        found = None
+        while found is None:
+            found = next((c for c in self.all if c.needs * ratio.memory <= limit * DOUBT and c.seconds * ratio.time < best * CLOSE), None)
+            if found is None and (best < math.inf or not alone):
+                return None
+            if found is None:
+                least = min(self.all, key=lambda c: c.needs, default=None)
+                if least and not self.tried and least.needs < limit * HOPELESS:
+                    found, self.tried = least, True
+                elif not self._widen():
+                    if least is None or self.asked:
+                        return None
+                    found = least
+        self.asked = True
+        self.all.remove(found)
+        return found
+
+    def _widen(self) -> bool:
+        """False: there is nothing more."""
+        added = next(self.wider, None)
+        if added:
+            self.all, self.tried = sorted([*self.all, *added], key=lambda c: c.seconds), False
+        return added is not None
 
 
 @record
@@ -145,11 +175,12 @@ class Base:
                          seconds=roof.seconds * (1 + 0.02 * (n > 1) + 0.01 * math.log2(n)))
 
 
-def bases(recipe: Recipe, stage: str, on: Topology, layout: Layout, lengths: Sequence[int] = ()) -> list[Base]:
+def bases(recipe: Recipe, stage: str, on: Topology, layout: Layout, lengths: Sequence[int] = (), least: int = 1) -> list[Base]:
+    """Of every mesh and length of rows; `least` as in `meshes`."""
     out = []
     for overrides in variants(recipe, stage, lengths):
         changed = override(recipe, *overrides)
-        for mesh in meshes(changed, stage, on):
+        for mesh in meshes(changed, stage, on, least):
             one = replace(layout, mesh=mesh, slices=on.slices, remat="full", microbatches=1)
             program = programs.lower(changed, stage, one, list(on.devices))
             live = living(program)
@@ -183,22 +214,27 @@ def variants(recipe: Recipe, stage: str, lengths: Sequence[int]) -> Iterator[tup
         yield (f"{path}.seq_len={length}", f"{path}.batch_size={int(rows)}", *(f"{path}.{k}={max(1, int(scaled(n)))}" for k, n in counts.items()))
 
 
-def meshes(recipe: Recipe, stage: str, on: Topology) -> list[dict[str, int]]:
+def meshes(recipe: Recipe, stage: str, on: Topology, least: int = 1) -> list[dict[str, int]]:
     """Meshes of a slice over which the rows of a stage divide: as few chips as possible share a row.
+
+    Where `least` chips shall share each, because rows are too long for fewer, those with just so many that split its positions, if any.
 
     Raises:
       ConfigError: there are none; the message says what would have one.
     """
-    rows, chips = recipe.stages[stage].data.batch_size, len(on.devices) // on.slices
-    fits = [t for t in TENSOR if chips % t == 0 and rows % (on.slices * chips // t) == 0]
+    data, chips = recipe.stages[stage].data, len(on.devices) // on.slices
+    rows, splits = data.batch_size, lambda n: data.seq_len % (2 * n) == 0 and hasattr(plain(model_of(recipe, stage)), "decoder")
+    fits = [t for t in SHARING if chips % t == 0 and rows % (on.slices * chips // t) == 0]
+    if least > 1:
+        return [{"data": 1, "fsdp": chips // least, "tensor": 1, CONTEXT: least}] * (least in fits[1:] and splits(least))
     if not fits:
         each = on.slices * chips
-        raise ConfigError(f"stages.{stage}.data.batch_size is {rows}, which does not divide over {each} chips, nor do {TENSOR[-1]} chips that "
+        raise ConfigError(f"stages.{stage}.data.batch_size is {rows}, which does not divide over {each} chips, nor do {SHARING[-1]} chips that "
                           f"share a row help; take a multiple of {each}, such as {-(-rows // each) * each}, or {many(math.gcd(rows, each), 'chip')}")
     tensor = fits[0]
     parts = chips // tensor
     out = [{"data": 1, "fsdp": parts, "tensor": tensor}]
-    if tensor > 1 and recipe.stages[stage].data.seq_len % tensor == 0 and hasattr(plain(model_of(recipe, stage)), "decoder"):
+    if tensor > 1 and splits(tensor):
         out.append({"data": 1, "fsdp": parts, "tensor": 1, CONTEXT: tensor})
     if parts > FSDP and parts % FSDP == 0:
         out.append({"data": parts // FSDP, "fsdp": FSDP, "tensor": tensor})
@@ -218,8 +254,11 @@ def remarks(recipe: Recipe, stage: str, on: Topology, best: Candidate) -> Iterat
     """What the user should know of the choice, a line each."""
     data, shards = override(recipe, *best.overrides).stages[stage].data, math.prod(best.layout.mesh.values()) * on.slices
     if (tensor := best.layout.mesh.get("tensor", 1) * best.layout.mesh.get(CONTEXT, 1)) > 1:
-        yield (f"{data.batch_size} rows are too few for {shards} chips: {tensor} chips share each row; "
-               f"stages.{stage}.data.batch_size={data.batch_size * tensor} would use them better")
+        if data.batch_size % shards == 0:
+            yield f"rows of {data.seq_len:,} positions are too long for a chip: {tensor} chips share each"
+        else:
+            yield (f"{data.batch_size} rows are too few for {shards} chips: {tensor} chips share each row; "
+                   f"stages.{stage}.data.batch_size={data.batch_size * tensor} would use them better")
     parts = shards // tensor * best.layout.microbatches
     if odd := [k for k, s in recipe.stages.items() if k != stage and s.data.batch_size % parts]:
         yield (f"the rows of stage {odd[0]} ({recipe.stages[odd[0]].data.batch_size}) do not divide over this layout; train with --stages {stage}, "

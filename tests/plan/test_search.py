@@ -12,7 +12,7 @@ from mllm_jax.launch import layouts
 from mllm_jax.plan import search as searching
 from mllm_jax.plan.analytic import Needs
 from mllm_jax.plan.roofline import Roof
-from mllm_jax.plan.search import Base, Candidate, Wanted, meshes, remarks, search, variants
+from mllm_jax.plan.search import Base, Candidate, Left, Ratio, Wanted, meshes, remarks, search, variants
 from mllm_jax.sharding import Layout
 
 
@@ -40,6 +40,25 @@ def test_as_few_chips_as_possible_share_a_row(gemma, rows, on, first):
     found = meshes(rows_of(gemma, rows), "instruct", on)
     assert found[0] == first and all(math.prod(m.values()) * on.slices == len(on.devices) for m in found)
     assert all(rows % (m["data"] * m["fsdp"] * on.slices) == 0 for m in found)
+
+
+def test_positions_of_a_row_are_split_where_that_is_asked_for(gemma):
+    assert meshes(rows_of(gemma, 64), "instruct", On(16), least=4) == [{"data": 1, "fsdp": 4, "tensor": 1, "context": 4}]
+    assert meshes(rows_of(gemma, 2), "instruct", On(16), least=2) == []         # of which there are too few
+    assert meshes(load("contrastive/siglip").tiny(), "contrastive", On(4), least=2) == []
+
+
+def test_more_chips_share_a_row_where_nothing_else_fits():
+    """Of 10 bytes: what may fit comes first; what needs less than twice what there is is tried before there is more; then all there is."""
+    one = lambda seconds, needs: Candidate(layout=Layout(), overrides=(), needs=needs, seconds=seconds)
+    left = Left([[one(1.0, 9.0), one(2.0, 12.0), one(3.0, 11.0)], [one(4.0, 8.0)], [one(5.0, 30.0)]])
+    take = lambda memory, best=math.inf, alone=True: getattr(left.take(Ratio(memory=memory), 10.0, best, alone), "seconds", None)
+    assert take(1.0) == 1.0                                 # and the compiler is taken to refuse each
+    assert take(1.2, alone=False) is None
+    assert take(1.2) == 3.0 and take(1.2) == 4.0
+    assert take(1.5) == 2.0
+    assert take(1.5) is None and not list(left.wider)       # 30 bytes are never tried
+    assert Left([[one(1.0, 30.0)]]).take(Ratio(), 10.0, math.inf, True).seconds == 1.0      # but where they are all there is
 
 
 def test_experts_are_shared_where_there_are_some(gemma):
@@ -134,6 +153,8 @@ def test_what_the_choice_means_for_the_rest_is_said():
     one = Candidate(layout=layout, overrides=(), needs=1.0, seconds=1.0)
     [few] = remarks(recipe, "instruct", On(256), one)
     assert few == "64 rows are too few for 256 chips: 4 chips share each row; stages.instruct.data.batch_size=256 would use them better"
+    long = replace(one, layout=replace(layout, mesh={"fsdp": 16, "context": 2}))
+    assert next(remarks(recipe, "instruct", On(32), long)) == "rows of 2,048 positions are too long for a chip: 2 chips share each"
     [odd] = remarks(recipe, "instruct", On(512), replace(one, layout=replace(layout, mesh={"fsdp": 512})))
     assert "the rows of stage align (256) do not divide over this layout; train with --stages instruct" in odd
 
