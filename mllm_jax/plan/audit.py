@@ -121,7 +121,7 @@ def _of_a_row(program: Program) -> set[int]:
 
 
 def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:
-    """Dimensions of parameters whole, of their shards along every part of the axes, and of all shards side by side; of all layers and of one.
+    """Dimensions of parameters whole, of their shards along every part of the axes, and of shards side by side; of all layers and of one.
 
     Sorted, without ones.
     """
@@ -130,9 +130,11 @@ def _shapes_of_weights(program: Program) -> set[tuple[int, ...]]:
     for x in jax.tree.leaves((program.state.params, program.state.frozen)):
         shard = x.sharding.shard_shape(x.shape)
         for shape, part in ((x.shape, shard), (x.shape[1:], shard[1:])):
-            out |= {_plain(shape), _plain((math.prod(shape) // math.prod(part), *part))}
-            for n in sizes:                         # still split along another axis
-                out |= {_plain((*shape[:k], d // n, *shape[k + 1:])) for k, d in enumerate(shape) if d % n == 0}
+            out |= {_plain(shape), _plain((math.prod(shape) // math.prod(part), *part)), *(_plain((n, *part)) for n in sizes)}
+            for n in sizes:                         # still split along another axis, or that axis alone put together
+                for k, d in enumerate(shape):
+                    if d % n == 0:
+                        out |= {_plain(each := (*shape[:k], d // n, *shape[k + 1:])), _plain((n, *each))}
     return out
 
 

@@ -60,23 +60,25 @@ def program_of(function, batch: int) -> SimpleNamespace:
 
 GATHER = """HloModule jit_step
 
-ENTRY %main (p: f32[16,{0}]) -> f32[8,16,{0}] {{
+ENTRY %main (p: f32[16,{0}]) -> f32[{1},16,{0}] {{
   %p = f32[16,{0}]{{1,0}} parameter(0)
-  ROOT %gathered = f32[8,16,{0}]{{2,1,0}} all-gather(%p), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}, metadata={{op_name="dot"}}
+  ROOT %gathered = f32[{1},16,{0}]{{2,1,0}} all-gather(%p), replica_groups={2}, dimensions={{0}}, metadata={{op_name="dot"}}
 }}
 """
+ALL, TWO = "{{0,1,2,3,4,5,6,7}}", "{{0,4},{1,5},{2,6},{3,7}}"
 
 
-def test_a_weight_that_is_gathered_along_two_axes_at_once_is_a_weight():
-    """XLA puts the shards side by side, in a shape that no weight has."""
+def test_a_weight_whose_shards_are_put_side_by_side_is_a_weight():
+    """XLA gathers along both axes at once, or along one, in a shape that no weight has."""
     layout = sharding.Layout(mesh={"fsdp": 2, "context": 4})
     mesh = layout.make_mesh()
     w = jax.ShapeDtypeStruct((32, 16), "float32", sharding=jax.sharding.NamedSharding(mesh, jax.P("fsdp", "context")))
     program = SimpleNamespace(mesh=mesh, layout=layout, stage=SimpleNamespace(data=SimpleNamespace(batch_size=24)),
                               state=SimpleNamespace(params={"w": w}, frozen={}), spec=SimpleNamespace(seq_len=512, media={}))
     network = Network(CHIPS["v5e"], [(k, 0, 0, 0) for k in range(8)], {"fsdp": 2, "context": 4})
-    assert not of_activations(program, Hlo(GATHER.format(4)), network, large=1 << 8)
-    [other] = of_activations(program, Hlo(GATHER.format(5)), network, large=1 << 8)
+    assert not of_activations(program, Hlo(GATHER.format(4, 8, ALL)), network, large=1 << 8)
+    assert not of_activations(program, Hlo(GATHER.format(4, 2, TWO)), network, large=1 << 8)
+    [other] = of_activations(program, Hlo(GATHER.format(5, 8, ALL)), network, large=1 << 8)
     assert other.shape == "f32[8,16,5]" and other.axes == ("fsdp", "context")
 
 
