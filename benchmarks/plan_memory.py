@@ -4,8 +4,8 @@
 
 Every pair is one line of JSON in the file; those that are there are not compiled again, but the model is asked again.  Prints the
 table of all lines.  The compiler's word is that of its passes (plan/passes.py), so that the size of the code, some 50 MiB, is in
-neither.  No TPU is needed, but `pip install mllm_jax[plan]`, and for all pairs a quarter of an hour.  Exits non-zero where the model is
-more than 5 % off for most of PAIRS; those of UNSEEN, which no rule of the model was made with, only count in the table.
+neither.  No TPU is needed, but `pip install mllm_jax[plan]`, and for all pairs a quarter of an hour.  Exits non-zero where the model of
+one of PAIRS is more than 5 % off; those of UNSEEN, which no rule of the model was made with, only count in the table.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> int:
         print(lines[name], file=sys.stderr, flush=True)
     print(table(lines))
     off = [n for n, line in lines.items() if n in PAIRS and "total" in line and abs(line["model"] / line["total"] - 1) > WITHIN]
-    return 1 if len(off) > len(PAIRS) // 2 else 0
+    return 1 if off else 0
 
 
 if __name__ == "__main__":
