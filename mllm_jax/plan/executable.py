@@ -115,9 +115,9 @@ def _named(data: bytes, start: int, end: int) -> tuple[int, bytes]:
 
 
 def _instruction(data: bytes, start: int, end: int, opcodes: Mapping[int, bytes]) -> bytes:
-    opcode, fields = _named(data, start, end)[1], list(_fields(data, start, end))
-    if opcode not in (b"async-update", b"async-done"):
+    if _named(data, start, end)[1] not in (b"async-update", b"async-done"):
         return data[start:end]
+    fields = list(_fields(data, start, end))
     first = next(_varint(data, value[0])[0] if wire == 2 else value for number, wire, value, *_ in fields if number == OPERANDS)
     known, out, seen = opcodes.get(first) in STARTED, bytearray(), False
     for number, _, _, begin, stop in fields:
