@@ -37,20 +37,12 @@ def as_written(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _once_back(x: jax.Array, as_written: bool) -> jax.Array:
-    return _laid(x) if as_written else x
+def _once_back(x: jax.Array, laid: bool) -> jax.Array:
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))) if laid else x
 
 
-def _back(as_written: bool, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    grad = jax.lax.optimization_barrier(grad)
-    return (_laid(grad) if as_written else grad,)
-
-
-_once_back.defvjp(lambda x, as_written: (_laid(x) if as_written else x, None), _back)
-
-
-def _laid(x: jax.Array) -> jax.Array:
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+_once_back.defvjp(lambda x, laid: (_once_back(x, laid), None),
+                  lambda laid, _, grad: (_once_back(jax.lax.optimization_barrier(grad), laid),))
 
 
 def project(x: jax.Array, kernel: jax.Array, n: int = 1) -> jax.Array:
