@@ -17,7 +17,7 @@ from mllm_jax.nn.block import Block  # noqa: E402
 from mllm_jax.nn.block_config import BlockConfig  # noqa: E402
 from mllm_jax.nn.fusion import project  # noqa: E402
 from mllm_jax.nn.param import merge, split  # noqa: E402
-from mllm_jax.plan.topology import topology  # noqa: E402
+from mllm_jax.plan.topology import not_kept, topology  # noqa: E402
 from mllm_jax.sharding import Layout  # noqa: E402
 
 CFG = BlockConfig(width=512, mlp=1024, heads=4, kv_heads=2, gated=True)
@@ -36,7 +36,7 @@ def program() -> str:
     def loss(params: dict, x: jax.Array) -> jax.Array:
         return jnp.sum(merge(graph, params)(x)[0].astype(jnp.float32) ** 2)
 
-    with sharding.use(layout, mesh):
+    with sharding.use(layout, mesh), not_kept():
         return jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile().as_text()
 
 
