@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from mllm_jax.chips import GIB
-from mllm_jax.config import load, override
+from mllm_jax.config import load
 from mllm_jax.launch import layouts
 from mllm_jax.plan import program as programs
 from mllm_jax.plan.analytic import needs
@@ -64,13 +64,13 @@ WITHIN = 0.05
 
 
 def lowered(recipe: str, stage: str | None, on: str, layout: str, *overrides: str) -> programs.Program:
-    made = override(load(recipe), *overrides)
+    made = load(recipe, *overrides)
     return programs.lower(made, made.stage_name(stage), layouts.find(layout, "tpu"), list(topology(on).devices))
 
 
 def measured(recipe: str, stage: str | None, on: str, layout: str, *overrides: str) -> dict:
     """Of the compiler; `total` is missing where it refuses."""
-    plan = quick(recipe, override(load(recipe), *overrides), stage, topology(on), layouts.find(layout, "tpu"))
+    plan = quick(recipe, load(recipe, *overrides), stage, topology(on), layouts.find(layout, "tpu"))
     if not plan.fits:
         return {"refusal": plan.refusal[:200]}
     return {"total": plan.memory.total, "arguments": plan.memory.arguments}

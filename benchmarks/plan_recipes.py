@@ -45,8 +45,7 @@ def one(job: Job) -> Row:
 
     if found := job.get("found"):
         return whole(job, found)
-    on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"])
-    recipe = recipe.tiny() if job.get("tiny") else recipe
+    on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"], tiny=job.get("tiny", False))
     stage = heaviest(recipe)
     paper = recipe.stages[stage].data.batch_size
     rows, words = choose(recipe, stage, on)
@@ -59,14 +58,14 @@ def one(job: Job) -> Row:
 
 def whole(job: Job, row: Row) -> Row:
     """The same with machine code, under the layout that was found."""
-    from mllm_jax.config import load, override
+    from mllm_jax.config import load
     from mllm_jax.launch import layouts
     from mllm_jax.plan.report import Options, plan
     from mllm_jax.plan.topology import topology
 
     stage, base = row["stage"], layouts.find("auto", "tpu")
-    on, recipe = topology(job["topology"], job["slices"]), load(job["recipe"])
-    recipe = override(recipe.tiny() if job.get("tiny") else recipe, f"stages.{stage}.data.batch_size={row['rows']}")
+    on = topology(job["topology"], job["slices"])
+    recipe = load(job["recipe"], f"stages.{stage}.data.batch_size={row['rows']}", tiny=job.get("tiny", False))
     layout = replace(base, mesh=row["mesh"] | {"data": row["mesh"]["data"] // on.slices}, slices=on.slices, remat=row["remat"],
                      microbatches=row["microbatches"])
     return plans.summary(plan(job["recipe"], recipe, stage, on, layout, Options(measure=0))) | {"paper_rows": row["paper_rows"]}

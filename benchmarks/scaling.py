@@ -49,15 +49,15 @@ def jobs(chips: Sequence[int], flags: str = "auto") -> Iterator[tuple[int, str, 
 
 
 def one(job: Job) -> Row:
-    from mllm_jax.config import load, override
+    from mllm_jax.config import load
     from mllm_jax.launch import layouts
     from mllm_jax.plan.passes import quick
     from mllm_jax.plan.report import Options
     from mllm_jax.plan.topology import topology
 
-    on, recipe = topology(job["topology"]), load(RECIPE)
+    on = topology(job["topology"])
     shape = SHAPE | {"batch_size": len(on.devices)}
-    recipe = override(recipe, *(f"stages.{STAGE}.data.{field}={value}" for field, value in shape.items()))
+    recipe = load(RECIPE, *(f"stages.{STAGE}.data.{field}={value}" for field, value in shape.items()))
     words = ",".join([f"auto:remat={REMAT},flags={job['flags']}", *(f"mesh.{axis}={n}" for axis, n in job["mesh"].items())])
     return plans.summary(quick(RECIPE, recipe, STAGE, on, layouts.find(words, "tpu"), Options(measure=0)))
 

@@ -48,13 +48,14 @@ def recipe_names() -> list[str]:
     )
 
 
-def load(name: str) -> Any:
+def load(name: str, *overrides: str, tiny: bool = False) -> Any:
     """The recipe of that name, for example `projector/llava_15` or `projector/llava_15:size=13b`.
 
-    What follows the colon are knobs: arguments of the recipe function, which move several fields together.
+    What follows the colon are knobs: arguments of the recipe function, which move several fields together.  It is made small if
+    `tiny`, and then changed: an override is the last word.
 
     Raises:
-      ConfigError: no such recipe, knob or value of a knob; the message names the nearest ones.
+      ConfigError: no such recipe, knob, value of a knob or field; the message names the nearest ones.
     """
     path, _, knobs = name.partition(":")
     path = path.removeprefix("configs/").removesuffix(".py")
@@ -69,9 +70,10 @@ def load(name: str) -> Any:
             raise ConfigError(f"{path} has no knob {knob!r}; it has: {', '.join(accepted) or 'none'}")
         arguments[key] = parse(text)
     try:
-        return function(**arguments)
+        recipe = function(**arguments)
     except KeyError as error:           # a size that its table does not have
         raise ConfigError(f"{name}: no knob of {path} can be {error.args[0]!r}; configs/{path}.py has the values") from error
+    return override(recipe.tiny() if tiny else recipe, *overrides)
 
 
 def override(cfg: T, *assignments: str) -> T:

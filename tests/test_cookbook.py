@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mllm_jax.cli import make_parser
-from mllm_jax.commands.common import load_recipe
+from mllm_jax.config import load
 from mllm_jax.launch.layouts import find
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def test_other_commands_parse_and_name_what_exists(page):
             args, rest = make_parser([argv[0]]).parse_known_args(argv)
             assert all("=" in r and not r.startswith("-") for r in rest), f"{page.name}: {argv}: {rest}"
             if hasattr(args, "recipe"):
-                load_recipe(args.recipe, [*args.overrides, *rest])
+                load(args.recipe, *args.overrides, *rest)
             if hasattr(args, "layout"):
                 find(args.layout, "cpu")
 

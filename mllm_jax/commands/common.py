@@ -59,14 +59,6 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [*layouts.overrides(args.layout, args.recipe), *args.overrides]
 
 
-def load_recipe(name: str, overrides: list[str] = (), *, tiny: bool = False) -> Any:
-    """The recipe, small if asked for, and then changed: an override is the last word."""
-    from mllm_jax import config
-
-    recipe = config.load(name)
-    return config.override(recipe.tiny() if tiny else recipe, *overrides)
-
-
 def run_name(recipe: str, *, tiny: bool) -> str:
     """`projector/llava_15:size=13b` -> `projector-llava_15-size-13b`, the folder of a run."""
     name = recipe.removeprefix("configs/").removesuffix(".py")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
-from mllm_jax.commands import common
+from mllm_jax.config import compare, load
 
 HELP = """Print what one recipe changes in another.
 
@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mllm_jax.config import compare
-
-    a, b = (common.load_recipe(name, tiny=args.tiny) for name in (args.a, args.b))
+    a, b = (load(name, tiny=args.tiny) for name in (args.a, args.b))
     found = compare(_spelled(a, b), _spelled(b, a))
     for path, (left, right) in found.items():
         # What the model of a stage has in common with that of the recipe is said once.

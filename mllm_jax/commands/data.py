@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.commands import common
+from mllm_jax.config import load
 
 HELP = """Look at a stage's data as the model sees it (preview), measure it (stats), or convert a source (convert).
 
@@ -114,7 +115,7 @@ def _stage(args: argparse.Namespace) -> tuple[str, Any, Any, Any]:
     """(name, stage, towers, tokenizer) that the arguments mean."""
     from mllm_jax.data.vocabulary import recipe_tokenizer, stage_tokenizer
 
-    recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+    recipe = load(args.recipe, *args.overrides, tiny=args.tiny)
     name = recipe.stage_name(args.stage, called=args.recipe)
     stage = recipe.stages[name]
     model = stage.model or recipe.model

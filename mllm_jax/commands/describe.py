@@ -16,6 +16,7 @@ from typing import Any
 
 from mllm_jax.commands import common
 from mllm_jax.commands.compare import line as brief
+from mllm_jax.config import items, load
 
 HELP = """Print the shapes, sizes and work of a recipe.
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     common.start(args, platform="cpu")
-    recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+    recipe = load(args.recipe, *args.overrides, tiny=args.tiny)
     print("\n".join(describe(args.recipe, recipe, args.stage)))
     return 0
 
@@ -352,8 +353,6 @@ def files(name: str, recipe: Any, p: Planned) -> Iterator[tuple[str, str]]:
 
 def modules_of(nodes: list[Any]) -> Iterator[str]:
     """The modules of ours whose configurations a value is made of."""
-    from mllm_jax.config import items
-
     for node in nodes:
         if inspect.isclass(node) or type(node).__module__ == "builtins" and items(node) is None:
             continue

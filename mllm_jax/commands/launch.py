@@ -6,7 +6,7 @@ from typing import Any
 
 from mllm_jax.commands import common
 from mllm_jax.commands.train import steps_of
-from mllm_jax.config import ConfigError, nearest
+from mllm_jax.config import ConfigError, load, nearest
 
 HELP = """Print the file that trains a recipe on a cluster: gke, tpu-vm, skypilot or slurm.
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     machine, layout = layouts.machine(args.layout), common.find_layout(args.layout, "tpu")
     args.overrides, args.layout = common.overrides_of(args), layouts.words(args.layout)        # a file is here, and not there
-    recipe = common.load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+    recipe = load(args.recipe, *args.overrides, tiny=args.tiny)
     _check_rows(recipe, layout, machine)
     root = {"folder": f"{args.folder.rstrip('/')}/runs", "data": f"{args.folder.rstrip('/')}/data"} if args.folder else {}
     one = job.Job(

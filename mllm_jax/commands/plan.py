@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_jax.commands import common
+from mllm_jax.config import ConfigError, load
 
 HELP = """Say whether a recipe fits on TPUs, how fast it is there and what that costs.
 
@@ -54,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
     name, args.layout = args.layout, "auto"             # of devices that are not here: those of this machine are its processor
     common.start(args, platform="cpu")
     args.layout = name
-    recipe = common.load_recipe(args.recipe, common.overrides_of(args), tiny=args.tiny)
+    recipe = load(args.recipe, *common.overrides_of(args), tiny=args.tiny)
 
-    from mllm_jax.config import ConfigError
     from mllm_jax.plan.page import page
     from mllm_jax.plan.passes import quick
     from mllm_jax.plan.report import Options, as_json, plan, text
@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _searched(args: argparse.Namespace, recipe: Any, on: Any, layout: Any, options: Any) -> Any:
     """The plan of the best layout, which is written to the file; None if none fits."""
-    from mllm_jax.config import ConfigError
     from mllm_jax.launch import layouts
     from mllm_jax.plan.search import Wanted, remarks, search, table
 

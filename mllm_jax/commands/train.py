@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mllm_jax.commands import common
-from mllm_jax.config import ConfigError
+from mllm_jax.config import ConfigError, load
 
 HELP = """Train a recipe through all of its stages.
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     profile = steps_of(args.profile) if args.profile else None
     running, layout = common.start(args)
     overrides = common.overrides_of(args)
-    recipe = common.load_recipe(args.recipe, overrides, tiny=args.tiny)
+    recipe = load(args.recipe, *overrides, tiny=args.tiny)
 
     import jax
 

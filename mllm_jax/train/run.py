@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mllm_jax import sharding
-from mllm_jax.config import ConfigError, load, override
+from mllm_jax.config import ConfigError, load
 from mllm_jax.data.sources import open_source
 from mllm_jax.data.templates import chat_template, generation
 from mllm_jax.data.tokenizer import load_tokenizer
@@ -87,8 +87,7 @@ def restore_params(folder: Path, layout: Layout | None = None) -> tuple[Recipe, 
     if not (folder / "recipe.json").exists():
         raise ConfigError(f"{folder} holds no run: there is no recipe.json in it")
     facts = json.loads((folder / "recipe.json").read_text())
-    recipe = load(facts["name"])
-    recipe = override(recipe.tiny() if facts["tiny"] else recipe, *facts["overrides"])
+    recipe = load(facts["name"], *facts["overrides"], tiny=facts["tiny"])
     name = last_stage(folder, recipe)
     options = RunOptions(name=facts["name"], out=folder, layout=layout or Layout())
     mesh = options.layout.make_mesh()

@@ -12,7 +12,7 @@ from PIL import Image
 from mllm_jax.cli import main
 from mllm_jax.commands import common
 from mllm_jax.commands.evaluate import lines, make_task
-from mllm_jax.config import ConfigError, load, override
+from mllm_jax.config import ConfigError, load
 from mllm_jax.data.tokenizer import load_tokenizer
 from mllm_jax.evaluation.tasks import Answers
 from mllm_jax.hf.export import export
@@ -86,7 +86,7 @@ def test_import_and_export_come_back_to_the_same_bytes(folder, tmp_path, capsys)
 
 
 def test_adapters_are_written_apart_from_their_base(tmp_path, capsys, monkeypatch):
-    recipe = override(load("projector/llava_15").tiny(), "stages.instruct.lora.rank=2")
+    recipe = load("projector/llava_15", "stages.instruct.lora.rank=2", tiny=True)
     cfg = model_of(recipe, "instruct")
     params = jax.jit(lambda: split(cfg.build(rngs=nnx.Rngs(0)))[1])()
     monkeypatch.setattr(common, "is_run", lambda folder: True)

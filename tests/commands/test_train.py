@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mllm_jax.cli import main
-from mllm_jax.commands.common import load_recipe, run_name
+from mllm_jax.commands.common import run_name
+from mllm_jax.config import load
 from mllm_jax.launch import layouts
 from mllm_jax.train import run
 
@@ -51,7 +52,7 @@ def test_changes_that_belong_to_a_layout_come_before_those_of_the_user(given):
 def test_tiny_has_a_folder_of_its_own_and_an_override_is_the_last_word(given):
     assert main(["train", "first/digits", "--tiny", "--fresh", "stages.align.steps=5"]) == 0
     [(recipe, options)] = given
-    assert recipe == load_recipe("first/digits", ["stages.align.steps=5"], tiny=True)
+    assert recipe == load("first/digits", "stages.align.steps=5", tiny=True)
     assert recipe.stages["align"].steps == 5 and recipe.stages["align"].data.sources == {"digits_questions": 1.0}
     assert options.out == Path("runs/first-digits-tiny") and options.tiny and options.fresh
 

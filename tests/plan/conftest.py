@@ -2,7 +2,7 @@
 
 import pytest
 
-from mllm_jax.config import load, override
+from mllm_jax.config import load
 from mllm_jax.launch import layouts
 
 
@@ -17,7 +17,7 @@ def tpu():
 
 @pytest.fixture(scope="session")
 def llava():
-    return override(load("projector/llava_15").tiny(), "stages.instruct.data.batch_size=16")
+    return load("projector/llava_15", "stages.instruct.data.batch_size=16", tiny=True)
 
 
 @pytest.fixture(scope="session")

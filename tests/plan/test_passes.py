@@ -47,7 +47,7 @@ def test_a_process_of_its_own_answers_with_a_plan_or_with_what_is_wrong(llava, t
     on, layout = tpu("v5e:2x2"), layouts.find("auto", "tpu")
     made = quick("projector/llava_15", llava, None, on, layout)
     assert made.fits and made.on is on and made.memory.total > 0 and made.estimate.seconds > 0
-    large = override(load("projector/llava_15"), "stages.instruct.data.batch_size=256")
+    large = load("projector/llava_15", "stages.instruct.data.batch_size=256")
     refused = quick("projector/llava_15", large, None, on, layout)
     assert not refused.fits and "HBM" in refused.refusal
     with pytest.raises(ConfigError, match="batch_size is 7; the layout needs a multiple of 4"):
