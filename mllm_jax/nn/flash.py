@@ -6,7 +6,8 @@ each pair of blocks, from the smallest and largest numbers of both, says whether
 seen whole; blocks before the first and after the last needed one cost nothing.
 
 Heads whose numbers fill whole lanes (a multiple of 128) are read where the projections leave them, as [b s (h k)], and rotated
-inside: between the products of a layer nothing is then copied, and queries and keys that are kept are not yet rotated.
+inside: between the products of a layer nothing is then copied, and queries and keys that are kept are not yet rotated.  Narrow ones
+that fill lanes together, such as two of 64, are read so too, and rotated before.
 
 Under a mesh every device runs the kernels (nn/flash_kernel.py) on its own rows and heads.
 
@@ -31,6 +32,7 @@ from mllm_jax.sharding import current, current_mesh, fast_memory, spec
 
 BLOCKS = (512, 384, 256, 128)           # positions
 ONE = 768                               # where all see all, so many are one block: images of 576 to 729 patches
+NARROW = 32                             # numbers of a head that may share lanes
 CHUNK = 1 << 20                         # bytes of keys that stay in fast memory,
 ROOMY = 32 << 20                        # twice as many, and what rotates them, if it has more bytes than that
 
@@ -52,16 +54,17 @@ def attend_flash(
         ones = lambda n: jnp.ones((b, n), jnp.int32)
         visibility, window = Visibility(segments=ones(s), order=ones(s), key_segments=ones(t), key_order=ones(t)), None
     pieces = context.pieces(q, k, visibility, heads)
-    merged, roomy = width % LANES == 0, fast_memory() > ROOMY
-    if rotation is not None and not (merged and roomy and pieces is None and s == t and 2 * rotation.cos.shape[-1] == width):
+    together, roomy = _together(q, k, heads), fast_memory() > ROOMY
+    merged = width * together % LANES == 0
+    if rotation is not None and not (merged and together == 1 and roomy and pieces is None and s == t and 2 * rotation.cos.shape[-1] == width):
         q, k, rotation = rotation(q), rotation(k), None
     block, key_block = block_of(s if pieces is None else pieces.length, one), block_of(t, one)
     most = max(1, (CHUNK << roomy) // (-(-width // LANES) * LANES * k.dtype.itemsize * key_block))
     chunks = -(-(blocks := -(-t // key_block)) // most)
     per = -(-blocks // chunks)
     plan = Plan(block=block, key_block=key_block, n=-(-s // block) if pieces is None else 2 * -(-pieces.length // block), m=per * chunks,
-                per=per, width=width, merged=merged, scale=scale, window=window, causal=visibility.causal, axes=axes, pieces=pieces, keys=t,
-                interpret=interpret)
+                per=per, width=width, merged=merged, together=together, scale=scale, window=window, causal=visibility.causal, axes=axes,
+                pieces=pieces, keys=t, interpret=interpret)
 
     fill = lambda x, size, **how: jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), **how)
     if pieces is None:
@@ -84,6 +87,13 @@ def attend_flash(
         q, k, v = (rearrange(x, enter) for x in (q, k, v))
     out = _flash(q, k, v, turns, tuple(x[:, None] for x in numbers), plan)
     return rearrange(cut(out), leave, k=width) if merged else cut(rearrange(out, leave))
+
+
+def _together(q: jax.Array, k: jax.Array, heads: str) -> int:
+    """How many heads of f[b s h k] fill whole lanes, where each has keys of its own and a device has all of those; otherwise 1."""
+    h, width = q.shape[2:]
+    two = LANES // width if width >= NARROW and LANES % width == 0 else 1
+    return two if k.shape[2] == h and h // context.parts_of(context.axes_of(heads, h)) % two == 0 else 1
 
 
 def block_of(n: int, one: int = 0) -> int:

@@ -7,6 +7,10 @@ while all queries pass, the gradients of keys and values are summed there, those
 Where the numbers of a head fill whole lanes, heads are read where the projections leave them, [b s (h k)]; others come as
 [b h s k].  Queries are rotated and scaled as they come in, keys once for all queries of a head where one chunk holds them all, and
 their gradients are turned back as they go out.
+
+Narrow heads fill lanes together, those of 64 in twos, where each has keys of its own.  Queries of one then have zeros where the numbers of
+the others are, so that a product over all lanes is that of one head.  It takes as long as one over its own lanes alone would, which the
+matrix units fill up.
 """
 
 import math
@@ -45,6 +49,7 @@ class Plan:
     per: int                            # blocks of keys in a chunk, which fast memory holds
     width: int                          # numbers of a head
     merged: bool                        # heads and their numbers are one axis
+    together: int                       # heads that fill whole lanes, and go through the kernel side by side
     scale: float                        # of scores
     window: int | None
     causal: bool                        # is known to be so: says what a call costs
@@ -70,13 +75,28 @@ class Plan:
         seen = key_first < first + self.block if self.causal else np.ones((len(first), self.m), bool)
         return float(np.mean(seen if self.window is None else seen & (first - key_first - self.key_block < self.window - 1)))
 
+    @property
+    def lanes(self) -> int:
+        """Numbers of heads that go through together."""
+        return self.width * self.together
+
+    def rows(self, e: int) -> slice:
+        """Of an array whose rows are numbers of heads that go together, those of head e."""
+        return slice(e * self.width, (e + 1) * self.width)
+
+    def own(self, e: int) -> Callable[[jax.Array], jax.Array]:
+        """[n lanes] -> the same with zeros for the numbers of other heads than e."""
+        if self.together == 1:
+            return lambda x: x
+        return lambda x: jnp.where(jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), self.width) == e, x, 0)
+
     def heads(self, x: jax.Array) -> int:
         return x.shape[2] // self.width if self.merged else x.shape[1]
 
     def spec(self, size: int, at: Callable[..., tuple]) -> pl.BlockSpec:
-        """So many positions of a head; `at` says which (row, head, block) a step of the grid needs."""
+        """So many positions of heads that go together; `at` says which (row, heads, block) a step of the grid needs."""
         if self.merged:
-            return pl.BlockSpec((None, size, self.width), lambda *step: (lambda b, h, i: (b, i, h))(*at(*step)))
+            return pl.BlockSpec((None, size, self.lanes), lambda *step: (lambda b, h, i: (b, i, h))(*at(*step)))
         return pl.BlockSpec((None, None, size, self.width), lambda *step: (*at(*step), 0))
 
     def turns(self, size: int, at: Callable[..., tuple]) -> pl.BlockSpec:
@@ -132,7 +152,7 @@ def forward(
     signs; None where there is nothing to rotate.
     """
     b, s, h = q.shape[0], q.shape[plan.along], plan.heads(q)
-    r, chunks = h // plan.heads(k), plan.m // plan.per
+    r, chunks, together = h // plan.heads(k), plan.m // plan.per, plan.together
 
     def near(b: int, i: int, c: int, first: jax.Array, last: jax.Array, _) -> int:
         """A chunk that is not needed is not fetched: the index is that of the nearest one that is."""
@@ -146,11 +166,11 @@ def forward(
     turn = [] if turns is None else [
         plan.turns(plan.block, lambda b, h, i, c, *_: (b, i, 0)),
         plan.turns(plan.chunk, lambda b, h, i, c, _, *ends: (b, near(b, i, c, *ends), 0))]
-    scratch = [((1, plan.block), jnp.float32), ((1, plan.block), jnp.float32), ((plan.width, plan.block), jnp.float32),
-               ((plan.block, plan.width), q.dtype), *([((plan.chunk, plan.width), k.dtype)] if turn else [])]
+    scratch = [((together, 1, plan.block), jnp.float32), ((together, 1, plan.block), jnp.float32), ((plan.lanes, plan.block), jnp.float32),
+               ((together, plan.block, plan.lanes), q.dtype), *([((plan.chunk, plan.lanes), k.dtype)] if turn else [])]
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4, grid=(b, h, plan.n, chunks), in_specs=[mine, keys, keys, line, line, key_line, key_line, *turn],
-        out_specs=[mine, pl.BlockSpec((1, 1, 1, plan.block), lambda b, h, i, c, *_: (b, h, 0, i))],
+        num_scalar_prefetch=4, grid=(b, h // together, plan.n, chunks), in_specs=[mine, keys, keys, line, line, key_line, key_line, *turn],
+        out_specs=[mine, pl.BlockSpec((1, together, 1, plan.block), lambda b, h, i, c, *_: (b, h, 0, i))],
         scratch_shapes=[pltpu.VMEM(*one) for one in scratch])
     return pl.pallas_call(
         partial(_forward_kernel, plan, bool(turn)), grid_spec=grid, interpret=plan.interpret, name="flash_fwd",
@@ -172,7 +192,8 @@ def _forward_kernel(plan: Plan, turned: bool, words, first, last, place, q, k, v
         largest[...] = jnp.full_like(largest, LEAST)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
-        _pass(1, plan.block, q, query, turns[0], scale=plan.scale * LOG2E)
+        for e in range(plan.together):
+            _pass(1, plan.block, q, query.at[e], turns[0], scale=plan.scale * LOG2E, own=plan.own(e))
 
     if turned:
         # Once for all blocks of queries, unless they see chunks by turns.
@@ -181,25 +202,28 @@ def _forward_kernel(plan: Plan, turned: bool, words, first, last, place, q, k, v
             _pass(plan.per, plan.key_block, k, key, turns[1])
 
     def pair(here: pl.Slice, mask: jax.Array | None) -> None:
-        scores = jax.lax.dot_general(key[here], query[...], NT, preferred_element_type=jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask, scores, NEVER)
-        old = largest[...]
-        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
-        weights, fade = jnp.exp2(scores - new), jnp.exp2(old - new)
-        largest[...] = new
-        total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
-        seen = jax.lax.dot_general(v[here], weights.astype(v.dtype), TN, preferred_element_type=jnp.float32)
-        sums[...] = sums[...] * fade + seen
+        values = v[here].T
+        for e in range(plan.together):
+            mine = plan.rows(e)
+            scores = jax.lax.dot_general(key[here], query[e], NT, preferred_element_type=jnp.float32)
+            if mask is not None:
+                scores = jnp.where(mask, scores, NEVER)
+            old = largest[e]
+            new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+            weights, fade = jnp.exp2(scores - new), jnp.exp2(old - new)
+            largest[e] = new
+            total[e] = total[e] * fade + jnp.sum(weights, axis=0, keepdims=True)
+            sums[mine] = sums[mine] * fade + jax.lax.dot_general(values[mine], weights.astype(v.dtype), NN, preferred_element_type=jnp.float32)
 
     _each_pair(plan, (b, i, c), (words, first, last, place), numbers, pair)
 
     @pl.when(c == pl.num_programs(3) - 1)
     def _() -> None:
-        some = total[...] > 0
-        whole = jnp.where(some, total[...], 1.0)
-        out[...] = (sums[...] / whole).T.astype(out.dtype)
-        lse[0, 0] = largest[...] + jnp.log2(whole)
+        for e in range(plan.together):
+            whole = jnp.where(total[e] > 0, total[e], 1.0)
+            sums[plan.rows(e)] = sums[plan.rows(e)] / whole
+            lse[0, e] = largest[e] + jnp.log2(whole)
+        out[...] = sums[...].T.astype(out.dtype)
 
 
 def _turned(x: jax.Array, turns: jax.Array, way: int = 1) -> jax.Array:
@@ -209,11 +233,11 @@ def _turned(x: jax.Array, turns: jax.Array, way: int = 1) -> jax.Array:
     return x * turns[:, :width] + (swapped if way == 1 else -swapped)
 
 
-def _pass(blocks: int, block: int, x, out, turns, *, scale: float = 1.0, way: int = 1) -> None:
-    """Blocks of positions of a head from x to `out`: rotated, where there are turns, and scaled."""
+def _pass(blocks: int, block: int, x, out, turns, *, scale: float = 1.0, way: int = 1, own: Callable = lambda y: y) -> None:
+    """Blocks of positions of a head from x to `out`: rotated, where there are turns, and scaled; those of others left out."""
     def one(j: jax.Array, _: None) -> None:
         here = pl.ds(pl.multiple_of(j * block, block), block)
-        y = x[here].astype(jnp.float32)
+        y = own(x[here].astype(jnp.float32))
         out[here] = ((y if turns is None else _turned(y, turns[here], way)) * scale).astype(out.dtype)
 
     jax.lax.fori_loop(0, blocks, one, None)
@@ -270,19 +294,19 @@ def _backward_chunk(
     plan: Plan, dtype, table: tuple, c: jax.Array, q, k, v, numbers, out, d_out, lse, turns, key_turns,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries as far as they come from chunk c of keys, whose gradients are complete."""
-    b, g = q.shape[0], plan.heads(k)
+    b, g, together = q.shape[0], plan.heads(k), plan.together
     r = plan.heads(q) // g
     mine = plan.spec(plan.block, lambda b, g, r_, i, *_: (b, g * r + r_, i))
     keys = plan.spec(plan.chunk, lambda b, g, r_, i, *_: (b, g, 0))
     line = pl.BlockSpec((1, 1, plan.block), lambda b, g, r_, i, *_: (b, 0, i))
     key_line = pl.BlockSpec((1, 1, plan.chunk), lambda b, g, r_, i, *_: (b, 0, 0))
-    head_line = pl.BlockSpec((1, 1, 1, plan.block), lambda b, g, r_, i, *_: (b, g * r + r_, 0, i))
+    head_line = pl.BlockSpec((1, together, 1, plan.block), lambda b, g, r_, i, *_: (b, g * r + r_, 0, i))
     turn = [] if turns is None else [plan.turns(plan.block, lambda b, g, r_, i, *_: (b, i, 0)),
                                      plan.turns(plan.chunk, lambda b, g, r_, i, *_: (b, 0, 0))]
-    scratch = [((plan.block, plan.width), jnp.float32), *[((plan.chunk, plan.width), jnp.float32)] * 2,
-               ((plan.block, plan.width), q.dtype), *([((plan.chunk, plan.width), k.dtype)] if turn else [])]
+    scratch = [((together, plan.block, plan.lanes), jnp.float32), *[((plan.chunk, plan.lanes), jnp.float32)] * 2,
+               *[((together, plan.block, plan.lanes), q.dtype)] * (1 + (together > 1)), *([((plan.chunk, plan.lanes), k.dtype)] if turn else [])]
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=5, grid=(b, g, r, plan.n),
+        num_scalar_prefetch=5, grid=(b, g // together, r, plan.n),
         in_specs=[mine, keys, keys, line, line, key_line, key_line, mine, mine, head_line, *turn], out_specs=[mine, keys, keys],
         scratch_shapes=[pltpu.VMEM(*one) for one in scratch])
     return pl.pallas_call(
@@ -296,8 +320,8 @@ def _backward_chunk(
 
 def _backward_kernel(plan: Plan, turned: bool, words, first, last, place, c, q, k, v, *refs) -> None:
     numbers, (out, d_out, lse), refs = refs[:4], refs[4:7], refs[7:]
-    turns, (d_q, d_k, d_v, q_sum, k_sum, v_sum, query, *key) = (refs[:2], refs[2:]) if turned else ((None, None), refs)
-    key = key[0] if turned else k
+    turns, (d_q, d_k, d_v, q_sum, k_sum, v_sum, query, *more) = (refs[:2], refs[2:]) if turned else ((None, None), refs)
+    key, several = more[0] if turned else k, range(plan.together)
     b, r, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     q_sum[...] = jnp.zeros_like(q_sum)
 
@@ -305,28 +329,36 @@ def _backward_kernel(plan: Plan, turned: bool, words, first, last, place, c, q, 
     def _() -> None:
         def clear(j: jax.Array, _: None) -> None:
             here = pl.ds(pl.multiple_of(j * plan.key_block, plan.key_block), plan.key_block)
-            k_sum[here] = v_sum[here] = jnp.zeros((plan.key_block, plan.width), jnp.float32)
+            k_sum[here] = v_sum[here] = jnp.zeros((plan.key_block, plan.lanes), jnp.float32)
 
         jax.lax.fori_loop(0, plan.per, clear, None)
         if turned:
             _pass(plan.per, plan.key_block, k, key, turns[1])
 
-    _pass(1, plan.block, q, query, turns[0], scale=plan.scale * LOG2E)
-    both = jnp.sum((out[...].astype(jnp.float32) * d_out[...].astype(jnp.float32)).T, axis=0, keepdims=True)
+    for e in several:
+        _pass(1, plan.block, q, query.at[e], turns[0], scale=plan.scale * LOG2E, own=plan.own(e))
+        if plan.together > 1:
+            _pass(1, plan.block, d_out, more[0].at[e], None, own=plan.own(e))
+    products = (out[...].astype(jnp.float32) * d_out[...].astype(jnp.float32)).T
+    both = [jnp.sum(products[plan.rows(e)], axis=0, keepdims=True) for e in several]
 
     def pair(here: pl.Slice, mask: jax.Array | None) -> None:
         product = lambda a, b, how: jax.lax.dot_general(a, b, how, preferred_element_type=jnp.float32)
-        scores = product(key[here], query[...], NT)
-        if mask is not None:
-            scores = jnp.where(mask, scores, NEVER)
-        weights = jnp.exp2(scores - lse[0, 0])
-        v_sum[here] += product(weights.astype(d_out.dtype), d_out[...], NN)
-        d_scores = (weights * (product(v[here], d_out[...], NT) - both)).astype(q.dtype)
-        k_sum[here] += product(d_scores, query[...], NN)
-        q_sum[...] += product(d_scores, key[here], TN)
+        for e in several:
+            d_sums = d_out[...] if plan.together == 1 else more[0][e]
+            scores = product(key[here], query[e], NT)
+            if mask is not None:
+                scores = jnp.where(mask, scores, NEVER)
+            weights = jnp.exp2(scores - lse[0, e])
+            v_sum[here] += product(weights.astype(d_out.dtype), d_sums, NN)
+            d_scores = (weights * (product(v[here], d_sums, NT) - both[e])).astype(q.dtype)
+            k_sum[here] += product(d_scores, query[e], NN)
+            q_sum[e] += product(d_scores, key[here], TN)
 
     _each_pair(plan, (b, i, c[0]), (words, first, last, place), numbers, pair)
-    _pass(1, plan.block, q_sum, d_q, turns[0], scale=plan.scale, way=-1)
+    if plan.together > 1:
+        q_sum[0] = sum(plan.own(e)(q_sum[e]) for e in several)
+    _pass(1, plan.block, q_sum.at[0], d_q, turns[0], scale=plan.scale, way=-1)
 
     @pl.when((r == pl.num_programs(2) - 1) & (i == pl.num_programs(3) - 1))
     def _() -> None:

@@ -75,25 +75,28 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(monkeypatch, name):
         np.testing.assert_allclose(a, b, atol=5e-6)             # float32 sums of hundreds of terms in another order
 
 
-WIDE = {                                # heads that are read as they lie; visibility, window, key heads, queries, chunks of keys, rope
-    "rotated inside, keys at once": (visible(SPAN), 60, 1, S, 1, Rope()),
-    "rotated inside, keys in chunks": (visible(PLACE), None, 2, S, 3, Rope(sections=(24, 20, 20))),
-    "rotated in part, so outside": (visible(PLACE), None, 2, S, 1, Rope(part=0.5)),
-    "not rotated, fewer queries than keys": (*CASES["fewer queries than keys"], None),
+WIDE = {                                # heads that are read as they lie; width, heads, visibility, window, key heads, queries, chunks of keys, rope
+    "rotated inside, keys at once": (128, 2, visible(SPAN), 60, 1, S, 1, Rope()),
+    "rotated inside, keys in chunks": (128, 2, visible(PLACE), None, 2, S, 3, Rope(sections=(24, 20, 20))),
+    "rotated in part, so outside": (128, 2, visible(PLACE), None, 2, S, 1, Rope(part=0.5)),
+    "not rotated, fewer queries than keys": (128, 2, *CASES["fewer queries than keys"], None),
+    "two heads in the lanes": (64, 4, visible(SPAN), 60, 4, S, 1, None),
+    "two heads, rotated outside, keys in chunks": (64, 2, visible(PLACE), None, 2, S, 3, Rope()),
+    "four heads": (32, 4, visible(PLACE * 0), None, 4, S, 1, None),
 }
 
 
 @pytest.mark.parametrize("name", WIDE)
 def test_heads_of_whole_lanes_are_read_as_they_lie_and_rotated_inside(monkeypatch, name):
-    sees, window, g, s, chunks, rope = WIDE[name]
+    width, h, sees, window, g, s, chunks, rope = WIDE[name]
     monkeypatch.setattr(flash, "BLOCKS", (128,))
     monkeypatch.setattr(flash, "CHUNK", flash.CHUNK if chunks == 1 else 128 * 128 * 4 // 2)
-    qkv, weight = inputs(g, s, width=128, h=2)
-    rotation = rope and rope(jnp.stack([PLACE, PLACE // 7, PLACE % 11], axis=-1), 128)
+    qkv, weight = inputs(g, s, width=width, h=h)
+    rotation = rope and rope(jnp.stack([PLACE, PLACE // 7, PLACE % 11], axis=-1), width)
     how = {"visibility": sees, "window": window, "rotation": rotation}
     weight = weight * (sees.segments > 0)[..., None, None]
     want = value_and_grads(partial(attend, **how), qkv, weight)
-    run = partial(attend_flash, scale=128**-0.5, interpret=True, **how)
+    run = partial(attend_flash, scale=width**-0.5, interpret=True, **how)
     for a, b in zip(value_and_grads(run, qkv, weight), want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)             # as above, of eight times as many numbers
     assert "transpose" not in [x.primitive.name for x in jax.make_jaxpr(run)(*qkv).eqns]
@@ -110,7 +113,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients(monkeypatch):
 
 
 def test_blocks_are_left_out_or_need_no_mask_by_their_smallest_and_largest_numbers():
-    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, width=K, merged=False, scale=1.0, window=None, causal=False,
+    plan = Plan(block=2, key_block=2, n=4, m=4, per=4, width=K, merged=False, together=1, scale=1.0, window=None, causal=False,
                 axes=("batch", "heads"), pieces=None, keys=8, interpret=True)
     segments, place = jnp.array([[1, 1, 1, 1, 1, 2, 0, 0]]), jnp.arange(8)[None]
     keys = jnp.where(segments > 0, segments, -1)
@@ -138,6 +141,9 @@ def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
     ({"fsdp": 2, "context": 4}, 2, 8),  # positions exchanged for heads, of which keys have too few
     ({"context": 8}, 2, 8),             # keys gathered, and queries dealt out
     ({"context": 8}, 2, 128),
+    ({"fsdp": 4, "tensor": 2}, 4, 64),  # two heads go together on a device
+    ({"fsdp": 2, "tensor": 4}, 4, 64),  # where it has one they do not
+    ({"context": 8}, 4, 64),
 ], ids=str)
 def test_layers_on_a_mesh_are_those_of_one_device(monkeypatch, mesh, g, k):
     """Rows, positions and heads split over devices, in a loop over layers that are computed again, in a loop over parts of the batch."""
