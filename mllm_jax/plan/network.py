@@ -1,9 +1,9 @@
 """What collectives cost: bytes that a chip sends, seconds on the wires, and along which mesh axes.
 
 Inside a slice, rings over every side of the torus that a group spans, both ways around where the side closes; but one ring
-through all the group, where the compiler notes that it chose that for a reduction.  Between
-slices libtpu exchanges through the hosts: a collective over both is one inside each slice, and `send` and `recv` of the
-share of each chip.  A program of several slices names the devices of one.
+through all the group, where the compiler notes that it chose that for a reduction.  A permutation waits for the link that most
+of its messages pass.  Between slices libtpu exchanges through the hosts: a collective over both is one inside each slice, and
+`send` and `recv` of the share of each chip.  A program of several slices names the devices of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,13 +103,27 @@ class Network:
         pairs, size = permuted(i), sum(a.bytes for a in results(i))
         if not len(pairs):
             return Cost(kind="collective-permute", axes=(), bytes=0.0, seconds=0.0)
-        way = np.abs(self.coords[pairs[:, 0]] - self.coords[pairs[:, 1]])
-        hops = sum(np.minimum(way[:, d], side - way[:, d]) if side % self.chip.wraps_at == 0 else way[:, d]
-                   for d, side in enumerate(self.sides))
-        hops = max(1.0, float(np.max(hops)))
+        hops, busiest = self._routes(self.coords[pairs[:, 0], :3], self.coords[pairs[:, 1], :3])
         differ = (self.places[pairs[:, 0]] != self.places[pairs[:, 1]]).any(axis=0)
         axes = tuple(name for name, there in zip(self.mesh, differ, strict=True) if there)
-        return Cost(kind="collective-permute", axes=axes, bytes=size, seconds=size * hops / (self.chip.link * EFFICIENCY) + HOP * hops)
+        return Cost(kind="collective-permute", axes=axes, bytes=size, seconds=size * busiest / (self.chip.link * EFFICIENCY) + HOP * hops)
+
+    def _routes(self, at: np.ndarray, to: np.ndarray) -> tuple[int, int]:
+        """(the most hops of a message, the most messages on a link) from int[n 3] to int[n 3]: along one side of the torus after another,
+        the shorter way around where a side closes, and either where both are as long."""
+        at, hops, taken = at.copy(), np.zeros(len(at), int), []
+        for d, side in enumerate(self.sides):
+            way = to[:, d] - at[:, d]
+            if side % self.chip.wraps_at == 0:
+                way = (way + side // 2) % side - side // 2
+                way[(2 * way == -side) & (at[:, d] % 2 == 0)] = side // 2
+            for step in range(np.max(np.abs(way), initial=0)):
+                going = np.abs(way) > step
+                taken.append(np.column_stack([at[going], np.full(going.sum(), d), np.sign(way[going])]))
+                at[going, d] = (at[going, d] + np.sign(way[going])) % side
+            hops += np.abs(way)
+        links = np.unique(np.concatenate(taken), axis=0, return_counts=True)[1] if taken else np.zeros(0, int)
+        return max(1, int(np.max(hops))), max(1, int(np.max(links, initial=0)))
 
 
 def results(i: Instruction) -> list[Array]:

@@ -74,6 +74,20 @@ def test_a_permutation_takes_the_shorter_way_around():
     assert cost.seconds == pytest.approx(4 * MIB / (45e9 * EFFICIENCY) + HOP)
 
 
+@pytest.mark.parametrize(("chip", "sides", "ring", "load", "hops"), [
+    ("v5e", (8, 8), lambda k: (k + 1) % 64, 1, 14),             # the end of each line goes back along it, against all others; the last one home
+    ("v5e", (8, 1), lambda k: (k + 4) % 8, 4, 4),               # four cross the middle, each way
+    ("v5e", (16, 1), lambda k: (k + 8) % 16, 4, 8),             # and one side of two, where the line closes: both ways are as long
+    ("v5e", (4, 4), lambda k: k // 4 + k % 4 * 4, 3, 6),        # columns for lines: three of a line turn at its end
+    ("v5e", (8, 1), lambda k: k, 1, 1)])
+def test_a_permutation_waits_for_its_busiest_link(chip, sides, ring, load, hops):
+    n = sides[0] * sides[1]
+    network = Network(CHIPS[chip], [(k % sides[0], k // sides[0], 0, 0) for k in range(n)], {"fsdp": n})
+    pairs = ",".join(f"{{{k},{ring(k)}}}" for k in range(n))
+    i = Instruction("c", "collective-permute", "f32[1024,1024]{1,0}", [], "", f", source_target_pairs={{{pairs}}}", False)
+    assert network.cost(i).seconds == pytest.approx(load * 4 * MIB / (45e9 * EFFICIENCY) + hops * HOP)
+
+
 def test_between_slices_a_chip_sends_its_share():
     """A program of several slices names the devices of one; `send` says what goes to the others."""
     network = Network(V5E, [(x, y, 0, s) for s in range(4) for x in range(2) for y in range(2)], {"data": 4, "fsdp": 4})
