@@ -33,7 +33,7 @@ from mllm_jax.sharding import current, current_mesh, fast_memory, spec
 BLOCKS = (512, 384, 256, 128)           # positions
 ONE = 768                               # where all see all, so many are one block: images of 576 to 729 patches
 NARROW = 32                             # numbers of a head that may share lanes
-CHUNK = 1 << 20                         # bytes of keys that stay in fast memory,
+CHUNK = 1 << 20                         # bytes of keys that stay in fast memory, less what queries of more than 128 lanes take;
 ROOMY = 32 << 20                        # twice as many, and what rotates them, if it has more bytes than that
 
 # What goes into the two passes and comes out, a letter for each array: queries, keys, turns, lines of one number a query, numbers of rows.
@@ -59,7 +59,10 @@ def attend_flash(
     if rotation is not None and not (merged and together == 1 and roomy and pieces is None and s == t and 2 * rotation.cos.shape[-1] == width):
         q, k, rotation = rotation(q), rotation(k), None
     block, key_block = block_of(s if pieces is None else pieces.length, one), block_of(t, one)
-    most = max(1, (CHUNK << roomy) // (-(-width // LANES) * LANES * k.dtype.itemsize * key_block))
+    lanes, number = -(-width * together // LANES) * LANES, k.dtype.itemsize
+    # Queries, what they come to and the gradients of both take some twice what as many keys do, each time that they are there.
+    room = 2 * CHUNK if roomy else CHUNK - 2 * number * block * (lanes * together - LANES)
+    most = max(1, room // (lanes * number * key_block))
     chunks = -(-(blocks := -(-t // key_block)) // most)
     per = -(-blocks // chunks)
     plan = Plan(block=block, key_block=key_block, n=-(-s // block) if pieces is None else 2 * -(-pieces.length // block), m=per * chunks,
