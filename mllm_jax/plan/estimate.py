@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from mllm_jax.chips import Chip
 from mllm_jax.plan.hlo import COLLECTIVES, HBM, HOST, Array, Hlo, Instruction, arrays, closing
 from mllm_jax.plan.network import Cost, Network, inside
-from mllm_jax.plan.work import FREE, Work, attention
+from mllm_jax.plan.work import FREE, Work, attention, matmul
 
 ERROR = 0.15                            # of a step's time, either way: see the docstring
 HBM_EFFICIENCY = 0.90                   # of the memory's rate; 0.95 where nothing but the sum of all transfers is known
@@ -137,7 +137,8 @@ class Replay:
         if flops:
             trusted = cycles and ("COST_MODEL_TYPE_CLASSIC" in i.attrs or "COST_MODEL_TYPE_ML" in i.attrs)
             peak = chip.quantized.get(self.work.numbers(name, i), chip.peak)
-            return max(cycles / chip.clock, memory) if trusted else max(flops / peak / chip.products, roof), flops, "matmul", moved
+            taken = max(cycles / chip.clock, memory) if trusted else max(matmul(chip, flops, self.work.results(name, i), peak), roof)
+            return taken, flops, "matmul", moved
         self.doubted = max(0.0, cycles / chip.clock - roof)
         kind = "layout" if i.op in ("copy", "transpose", "reshape") else "vector" if alu > memory else "memory"
         return roof, 0.0, kind, moved

@@ -11,7 +11,7 @@ from mllm_jax.plan.analytic import Live
 from mllm_jax.plan.network import DCN_LATENCY, Network
 from mllm_jax.plan.topology import Chip
 from mllm_jax.plan.traced import Op, Value, base, flat
-from mllm_jax.plan.work import attention
+from mllm_jax.plan.work import attention, matmul
 from mllm_jax.types import record
 
 MEMORY = 0.8                            # of its peak
@@ -68,7 +68,7 @@ class Clock:
         if op.name in ("gather", "scatter-add"):        # of a table only the rows that are asked for
             moved = 3 * min(sum(v.bytes for v in op.outputs), max(v.bytes for v in op.inputs[1:]))
         if op.name == "dot_general":
-            seconds = max(flops(op) / chip.peak / chip.products, moved / chip.hbm_rate / MEMORY)
+            seconds = max(matmul(chip, flops(op), math.prod(op.outputs[0].local)), moved / chip.hbm_rate / MEMORY)
             return Roof(compute=seconds) + self.summed(op)
         if op.name in ("psum", "reduce_scatter", "all_gather", "all_to_all"):
             axes = op.params.get("axes") or op.params["axis_name"]

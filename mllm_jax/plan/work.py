@@ -16,6 +16,10 @@ SLOW = {"exponential": 2, "exponential-minus-one": 3, "log": 3, "log-plus-one": 
 MOVES = FREE | {"broadcast", "reshape", "slice", "dynamic-slice", "iota", "transpose", "copy", "concatenate", "pad", "fusion",
                 "dynamic-update-slice", "custom-call", "convolution", "dot", "gather", "scatter", "while", "conditional", "call"}
 
+# Terms of sums for which a matmul takes twice as long as its operations do, since each result goes through the vector unit: of the
+# products of SigLIP and CLIP, by the cycles that the compiler expects.
+SHORT = 480
+
 
 class Work:
     """Answers about the instructions of one module, each found once."""
@@ -36,6 +40,13 @@ class Work:
         if i.op in ("fusion", "call"):
             return self.of_computation(i.calls or i.called[0])
         return 0.0
+
+    def results(self, computation: str, i: Instruction) -> int:
+        """Numbers that a dot or a convolution gives, or those inside a fusion or a call."""
+        if i.op in ("dot", "convolution"):
+            return i.arrays[0].elems
+        name = (i.calls or i.called[0]) if i.op in ("fusion", "call") else None
+        return sum(self.results(name, j) for j in self.hlo.body(name)) if name else 0
 
     def numbers(self, computation: str, i: Instruction) -> str:
         """Of what kind the eight bits are that a dot or a convolution (or a fusion of one) reads: "int8", "fp8"; "" for wider ones."""
@@ -191,6 +202,12 @@ def program_flops(hlo: Hlo, turns: int = 1) -> float:
         return found
 
     return total(hlo.entry)
+
+
+def matmul(chip: Chip, flops: float, results: float, peak: float | None = None) -> float:
+    """Seconds of a matmul for which the compiler gives no cycles; `peak` is that of its numbers, if it is not that for bfloat16."""
+    terms = flops / 2 / max(results, 1)
+    return flops / (peak or chip.peak) / chip.products * (1 + (SHORT / max(terms, 1)) ** 2)
 
 
 def attention(chip: Chip, flops: float, pairs: float, *, backward: bool) -> tuple[float, float]:
