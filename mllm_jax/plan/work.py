@@ -206,8 +206,9 @@ def program_flops(hlo: Hlo, turns: int = 1) -> float:
 
 def matmul(chip: Chip, flops: float, results: float, peak: float | None = None) -> float:
     """Seconds of a matmul for which the compiler gives no cycles; `peak` is that of its numbers, if it is not that for bfloat16."""
-    terms = flops / 2 / max(results, 1)
-    return flops / (peak or chip.peak) / chip.products * (1 + (SHORT / max(terms, 1)) ** 2)
+    short = SHORT / max(flops / 2 / max(results, 1), 1)
+    # A result takes no longer where even fewer terms are summed.
+    return flops / (peak or chip.peak) / chip.products * (1 + min(short, short**2))
 
 
 def attention(chip: Chip, flops: float, pairs: float, *, backward: bool) -> tuple[float, float]:
