@@ -78,10 +78,10 @@ def test_verbose_shows_where(capsys):
 
 
 def test_interruption_says_how_to_go_on(capsys, monkeypatch):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mllm_jax.config.load", interrupted)
+    monkeypatch.setattr("mllm_jax.commands.compare.load", interrupted)
     code, _, err = command(capsys, "compare", "first/digits", "first/digits")
     assert code == 130 and "interrupted" in err
 
