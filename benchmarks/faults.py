@@ -30,6 +30,7 @@ RESTART = 75
 RECORDS = 48
 SHARDS = 4
 STAGE = "align"
+PATIENCE = 10                           # s that storage may fail
 
 
 def write_records(folder: Path) -> None:
@@ -83,7 +84,9 @@ def child(path: str, argv: list[str]) -> int:
     if cluster(os.environ):
         supervise()
     from mllm_jax import cli
-    from mllm_jax.train import feed, log, loop
+    from mllm_jax.train import checkpoint, feed, log, loop
+
+    checkpoint.LEAST = PATIENCE         # instead of ten minutes that hosts wait for one whose write failed
 
     file, last, step = open(path, "ab", buffering=0), {"rest": b""}, log.Log.step
 
@@ -176,6 +179,7 @@ def inject(kind: str, out: Path, hosts: list[subprocess.Popen], rng: random.Rand
         for pid in inside(victim, several)[1:]:
             os.kill(pid, signal.SIGKILL)
     elif kind == "storage":
+        hosts = rng.sample(hosts, rng.randint(1, len(hosts)))
         for limit in (2_000, resource.RLIM_INFINITY):
             for pid in (p for h in hosts for p in inside(h, several)[:1]):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -207,7 +211,7 @@ def disturbed(folder: Path, out: Path, faults: int, rng: random.Random, **run: A
     while not done:
         number = rng.choice((1, 2))
         before, reached = made(out) if starts else 0, max(steps_of(out), default=0) if starts else 0
-        hosts = start(folder, out, number, devices=4 // number, **run)
+        hosts = start(folder, out, number, "--storage-patience", str(PATIENCE), devices=4 // number, **run)
         starts += 1
         fatal = None
         while left and fatal is None and all(h.poll() is None for h in hosts):
@@ -219,8 +223,6 @@ def disturbed(folder: Path, out: Path, faults: int, rng: random.Random, **run: A
             kind = left.pop()
             if kind == "freeze" and number == 1:
                 kind = "kill"           # nobody would notice but the watchdog of another machine
-            if kind == "storage" and number > 1:
-                kind = "SIGTERM"        # several hosts wait for ten minutes for one whose write failed
             try:
                 inject(kind, out, hosts, rng)
             except ProcessLookupError:
