@@ -38,15 +38,16 @@ def test_a_product_takes_the_cycles_that_the_compiler_expects():
     assert out.by_unit() == {"compute": pytest.approx(1e-3)}
 
 
-@pytest.mark.parametrize(("bits", "rate", "terms"), [("f32", V5E.peak, 4096), ("s8", V5E.quantized["int8"], 4096), ("f32", V5E.peak, SHORT)])
+@pytest.mark.parametrize(("bits", "rate", "terms"), [
+    ("f32", V5E.peak, 4096), ("s8", V5E.quantized["int8"], 4096), ("f32", V5E.peak, SHORT), ("f32", V5E.peak, SHORT // 4)])
 def test_a_product_of_which_nothing_is_expected_takes_a_part_of_the_peak_of_its_numbers(bits, rate, terms):
-    """And its results some time too: as much as the sums where these have few terms."""
+    """And its results some time too: as much as the sums where these have few terms, and no more each where they have fewer."""
     big, wide = f"{bits}[{terms},4096]{{1,0}}", "f32[4096,4096]{1,0}"
     ends = "lhs_contracting_dims={0}, rhs_contracting_dims={0}"
     out = Replay(Hlo(f"HloModule m, is_scheduled=true\n\nENTRY %main (x: {big[:-5]}) -> {wide[:-5]} {{\n  %x = {big} parameter(0)\n"
                      f"  ROOT %y = {wide} dot(%x, %x), {ends}\n}}\n"), V5E, NET).out
-    sums = 2 * terms * 4096**2 / rate / V5E.products
-    assert (out.seconds, out.flops) == (pytest.approx(2 * sums if terms == SHORT else sums, rel=0.02), 2 * terms * 4096**2)
+    sums, results = 2 * terms * 4096**2 / rate / V5E.products, {4096: (SHORT / 4096) ** 2, SHORT: 1, SHORT // 4: 4}[terms]
+    assert (out.seconds, out.flops) == (pytest.approx(sums * (1 + results)), 2 * terms * 4096**2)
 
 
 def test_what_is_no_product_takes_its_bytes():
