@@ -321,7 +321,8 @@ def _backward_chunk(
 def _backward_kernel(plan: Plan, turned: bool, words, first, last, place, c, q, k, v, *refs) -> None:
     numbers, (out, d_out, lse), refs = refs[:4], refs[4:7], refs[7:]
     turns, (d_q, d_k, d_v, q_sum, k_sum, v_sum, query, *more) = (refs[:2], refs[2:]) if turned else ((None, None), refs)
-    key, several = more[0] if turned else k, range(plan.together)
+    # Heads that go together were rotated before: there are rotated keys, or the gradients of each of those heads alone, or neither.
+    key, grads, several = more[0] if turned else k, more[0] if plan.together > 1 else None, range(plan.together)
     b, r, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     q_sum[...] = jnp.zeros_like(q_sum)
 
@@ -337,15 +338,15 @@ def _backward_kernel(plan: Plan, turned: bool, words, first, last, place, c, q, 
 
     for e in several:
         _pass(1, plan.block, q, query.at[e], turns[0], scale=plan.scale * LOG2E, own=plan.own(e))
-        if plan.together > 1:
-            _pass(1, plan.block, d_out, more[0].at[e], None, own=plan.own(e))
+        if grads is not None:
+            _pass(1, plan.block, d_out, grads.at[e], None, own=plan.own(e))
     products = (out[...].astype(jnp.float32) * d_out[...].astype(jnp.float32)).T
     both = [jnp.sum(products[plan.rows(e)], axis=0, keepdims=True) for e in several]
 
     def pair(here: pl.Slice, mask: jax.Array | None) -> None:
         product = lambda a, b, how: jax.lax.dot_general(a, b, how, preferred_element_type=jnp.float32)
         for e in several:
-            d_sums = d_out[...] if plan.together == 1 else more[0][e]
+            d_sums = d_out[...] if grads is None else grads[e]
             scores = product(key[here], query[e], NT)
             if mask is not None:
                 scores = jnp.where(mask, scores, NEVER)
