@@ -51,13 +51,15 @@ def _sums(kind: Kind, x, y, scale, bias, real):
     def local(axes, x, y, scale, bias, real):
         def block(mine, row, theirs, column, hot, before):
             (x, real), (y, there) = mine, theirs
-            logits = scale * alike(x, y) + bias
+            similar = alike(x, y)
             pairs = (real[:, None] * there) > 0
-            masked = jnp.where(pairs, logits, OUT)
-            own = row["own"] + jnp.sum(jnp.where(hot, masked, 0.0), axis=1)
-            # Ties go to the first, as argmax has it.
-            row["beaten"] |= jnp.any((masked > own[:, None]) | ((masked == own[:, None]) & before), axis=1)
+            # Products are compared, not logits, which XLA may round in two ways, so that a row beats itself.  Ties go to the first, as argmax has it.
+            rivals = jnp.where(pairs, similar, OUT)
+            own = row["own"] + jnp.sum(jnp.where(hot, rivals, 0.0), axis=1)
+            row["beaten"] |= jnp.any((rivals > own[:, None]) | ((rivals == own[:, None]) & before), axis=1)
             row["own"] = own
+            logits = scale * similar + bias
+            masked = jnp.where(pairs, logits, OUT)
             if not kind.softmax:
                 row["nll"] += jnp.sum(jnp.where(there > 0, jax.nn.softplus(jnp.where(hot, -logits, logits)), 0.0), axis=1)
                 return row, column
@@ -73,7 +75,8 @@ def _sums(kind: Kind, x, y, scale, bias, real):
         row = side | {"own": zero, "beaten": zero > 0} | ({} if kind.softmax else {"nll": zero})
         row, column = _meet(axes, block, (x, real), row, (y, real), side)
         if kind.softmax:
-            nll = sum(_smoothed(kind, s, row["own"], number) for s in (row, column)) / 2
+            own = scale * row["own"] + bias
+            nll = sum(_smoothed(kind, s, own, number) for s in (row, column)) / 2
         else:
             nll = row["nll"]
         sums = jnp.sum(real * nll), jnp.sum(real * ~row["beaten"])
