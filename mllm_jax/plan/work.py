@@ -26,42 +26,38 @@ class Work:
 
     def __init__(self, hlo: Hlo):
         self.hlo = hlo
-        self._flops: dict[str, float] = {}
+        self._products: dict[str, list[tuple[str, Instruction]]] = {}
         self._traffic: dict[tuple[str, str], tuple[float, float, float]] = {}
         self._by: dict[str, dict[str, list[tuple[Instruction, int]]]] = {}
 
+    def products(self, computation: str, i: Instruction) -> list[tuple[str, Instruction]]:
+        """The dots and convolutions that it is, or that are inside of a fusion or a call, each with its computation; loops are not entered."""
+        if i.op in ("dot", "convolution"):
+            return [(computation, i)]
+        if i.op not in ("fusion", "call"):
+            return []
+        name = i.calls or i.called[0]
+        if name not in self._products:
+            self._products[name] = [product for j in self.hlo.body(name) for product in self.products(name, j)]
+        return self._products[name]
+
     def flops(self, computation: str, i: Instruction) -> float:
-        """Floating point operations of a dot or a convolution, or of those inside a fusion or a call; loops are not entered."""
-        if i.op == "dot":
-            left, axes = self.hlo.operand(computation, i, 0), i.attr(r"lhs_contracting_dims=\{([0-9,]*)\}") or ""
-            return 2.0 * i.arrays[0].elems * math.prod(left.dims[int(d)] for d in axes.split(",") if d) if left else 0.0
-        if i.op == "convolution":
-            return self._convolution(computation, i)
-        if i.op in ("fusion", "call"):
-            return self.of_computation(i.calls or i.called[0])
-        return 0.0
+        """Floating point operations of its products."""
+        return sum(self._convolution(*product) if product[1].op == "convolution" else self._dot(*product)
+                   for product in self.products(computation, i))
 
     def results(self, computation: str, i: Instruction) -> int:
-        """Numbers that a dot or a convolution gives, or those inside a fusion or a call."""
-        if i.op in ("dot", "convolution"):
-            return i.arrays[0].elems
-        name = (i.calls or i.called[0]) if i.op in ("fusion", "call") else None
-        return sum(self.results(name, j) for j in self.hlo.body(name)) if name else 0
+        """Numbers that its products give."""
+        return sum(product.arrays[0].elems for _, product in self.products(computation, i))
 
     def numbers(self, computation: str, i: Instruction) -> str:
-        """Of what kind the eight bits are that a dot or a convolution (or a fusion of one) reads: "int8", "fp8"; "" for wider ones."""
-        if i.op in ("dot", "convolution"):
-            left = self.hlo.operand(computation, i, 0)
-            return "int8" if left and left.dtype == "s8" else "fp8" if left and left.dtype.startswith("f8") else ""
-        if i.op in ("fusion", "call"):
-            name = i.calls or i.called[0]
-            return next(filter(None, (self.numbers(name, j) for j in self.hlo.body(name))), "")
-        return ""
+        """Of what kind the eight bits are that its products read: "int8", "fp8"; "" where all are wider."""
+        read = (self.hlo.operand(name, product, 0) for name, product in self.products(computation, i))
+        return next(("int8" if x.dtype == "s8" else "fp8" for x in read if x and (x.dtype == "s8" or x.dtype.startswith("f8"))), "")
 
-    def of_computation(self, name: str) -> float:
-        if name not in self._flops:
-            self._flops[name] = sum(self.flops(name, i) for i in self.hlo.body(name))
-        return self._flops[name]
+    def _dot(self, computation: str, i: Instruction) -> float:
+        left, axes = self.hlo.operand(computation, i, 0), i.attr(r"lhs_contracting_dims=\{([0-9,]*)\}") or ""
+        return 2.0 * i.arrays[0].elems * math.prod(left.dims[int(d)] for d in axes.split(",") if d) if left else 0.0
 
     def _convolution(self, computation: str, i: Instruction) -> float:
         """TPUs write every dot as one; only pairs of a window and a place that are not padding count."""
