@@ -170,17 +170,18 @@ def closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def elements(shape: str) -> list[str]:
+@functools.cache
+def elements(shape: str) -> tuple[str, ...]:
     """The shapes of a tuple's elements; of an array itself."""
     if not shape.startswith("("):
-        return [shape]
+        return (shape,)
     out, depth, start = [], 0, 1
     for k, c in enumerate(shape):
         depth += (c in "({[") - (c in ")}]")
         if depth == (1 if c == "," else 0) and c in ",)" and k > start:
             out.append(shape[start:k].strip())
             start = k + 1
-    return out
+    return tuple(out)
 
 
 def replica_groups(i: Instruction, devices: int) -> np.ndarray:

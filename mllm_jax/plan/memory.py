@@ -143,7 +143,7 @@ def _most(hlo: Hlo, name: str) -> tuple[int, list[tuple[int, Instruction]]]:
 
 def _element(hlo: Hlo, name: str, i: Instruction, values: dict[str, list[int | None]]) -> list[int | None]:
     of = hlo.get(name, i.operands[0])
-    parts, index = elements(of.shape) if of else [], int(i.attr(r"index=(\d+)") or 0)
+    parts, index = elements(of.shape) if of else (), int(i.attr(r"index=(\d+)") or 0)
     start = sum(len(arrays(s)) for s in parts[:index])
     count = len(arrays(i.shape))
     found = values.get(i.operands[0], [])[start:start + count]

@@ -112,8 +112,8 @@ def test_bytes_of_a_shape_are_those_with_the_padding_of_its_tiles():
 
 
 def test_elements_of_a_tuple():
-    assert elements("(f32[2,3]{1,0:T(8,128)}, (s32[], f32[4]), u32[])") == ["f32[2,3]{1,0:T(8,128)}", "(s32[], f32[4])", "u32[]"]
-    assert elements("f32[2,3]{1,0}") == ["f32[2,3]{1,0}"]
+    assert elements("(f32[2,3]{1,0:T(8,128)}, (s32[], f32[4]), u32[])") == ("f32[2,3]{1,0:T(8,128)}", "(s32[], f32[4])", "u32[]")
+    assert elements("f32[2,3]{1,0}") == ("f32[2,3]{1,0}",)
 
 
 @pytest.mark.parametrize(("attrs", "groups"), [
