@@ -59,10 +59,10 @@ def _sums(kind: Kind, x, y, scale, bias, real):
             row["beaten"] |= jnp.any((rivals > own[:, None]) | ((rivals == own[:, None]) & before), axis=1)
             row["own"] = own
             logits = scale * similar + bias
-            masked = jnp.where(pairs, logits, OUT)
             if not kind.softmax:
                 row["nll"] += jnp.sum(jnp.where(there > 0, jax.nn.softplus(jnp.where(hot, -logits, logits)), 0.0), axis=1)
                 return row, column
+            masked = jnp.where(pairs, logits, OUT)
             row["lse"] = jnp.logaddexp(row["lse"], jax.nn.logsumexp(masked, axis=1))
             column["lse"] = jnp.logaddexp(column["lse"], jax.nn.logsumexp(masked, axis=0))
             if kind.smoothing:

@@ -43,8 +43,8 @@ class Work:
 
     def flops(self, computation: str, i: Instruction) -> float:
         """Floating point operations of its products."""
-        return sum(self._convolution(*product) if product[1].op == "convolution" else self._dot(*product)
-                   for product in self.products(computation, i))
+        return sum((self._convolution if product.op == "convolution" else self._dot)(name, product)
+                   for name, product in self.products(computation, i))
 
     def results(self, computation: str, i: Instruction) -> int:
         """Numbers that its products give."""
